@@ -1,0 +1,78 @@
+"""Trains a SAGAN: `accelerate launch --config_file configs/accelerate/one_machine.yaml launch/train.py CONFIG.yaml`."""
+
+import argparse
+import os
+import sys
+import time
+
+from pipeline.config import ConfigError, load_config
+
+_EPILOG = """\
+examples:
+  one process         python launch/train.py configs/cifar10.yaml data.shards=DIR
+  all GPUs            accelerate launch --config_file configs/accelerate/one_machine.yaml \\
+                          launch/train.py configs/imagenet128.yaml data.shards=DIR
+  two CPU processes   accelerate launch --config_file configs/accelerate/cpu_two_processes.yaml \\
+                          launch/train.py configs/cifar10.yaml data.shards=DIR train.steps=200
+  look before         python launch/train.py configs/imagenet128.yaml data.shards=DIR --dry-run
+
+The run lives in run.dir/run.name: checkpoints, samples, journal.jsonl, config.yaml. The same command again resumes
+from its newest checkpoint. SIGTERM or SIGUSR1 to any rank saves a checkpoint and ends the run with exit status 0.
+"""
+
+
+def main() -> int:
+    """Parses the command line, trains, and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py",
+        description="Trains a class-conditional SAGAN from a set of shards, or resumes the run that is there.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, such as configs/imagenet128.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.name=value", help="replaces a value of the file; YAML syntax"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and what would be trained, and end"
+    )
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        # Imported late, so that --help and a mistyped key answer at once.
+        from pipeline import trainer
+
+        (trainer.dry_run if arguments.dry_run else trainer.train)(config)
+    except _user_errors() as error:
+        return report(error)
+    return 0
+
+
+def report(error: Exception) -> int:
+    """Prints an error a person can mend and returns exit status 1.
+
+    Ranks mostly fail alike. The others wait a little, so that rank 0 speaks for all and the launcher ends the rest;
+    what only one rank met is still printed.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    print(f"\n{prefix}error: {error}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    if "torch" not in sys.modules:
+        return (ConfigError,)
+    from pipeline.backend import WorldSizeError
+    from pipeline.checkpoint import CheckpointError
+    from pipeline.health import NonFiniteError
+    from pipeline.manifest import ShardSetError
+    from pipeline.trainer import ReplicaError
+
+    return ConfigError, WorldSizeError, CheckpointError, NonFiniteError, ShardSetError, ReplicaError
+
+
+if __name__ == "__main__":
+    sys.exit(main())

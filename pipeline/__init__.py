@@ -1,0 +1,1 @@
+"""Everything between object storage and MLflow: data, training, checkpoints, evaluation."""

@@ -1,0 +1,53 @@
+"""Random draws as pure functions of what they are for, so that no RNG state needs saving and no world size matters."""
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Purpose = Literal["d_z", "d_labels", "g_z", "g_labels", "grid_z"]
+
+
+def _generator(seed: int, purpose: Purpose, step: int, index: int) -> torch.Generator:
+    key = hashlib.sha256(f"{seed}/{purpose}/{step}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def draw_z(seed: int, purpose: Purpose, step: int, index: int, num_images: int, z_dim: int) -> Tensor:
+    """Returns z ~ N(0, 1), (num_images, z_dim) float32 on the CPU, a function of the arguments alone.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the noise is for.
+        step: generator update it belongs to.
+        index: discriminator update within the step, 0 elsewhere.
+        num_images: rows, of the whole global batch.
+        z_dim: columns.
+    """
+    return torch.randn(num_images, z_dim, generator=_generator(seed, purpose, step, index))
+
+
+def draw_labels(seed: int, purpose: Purpose, step: int, index: int, num_images: int, num_classes: int) -> Tensor | None:
+    """Returns uniform labels, (num_images,) int64 on the CPU; None for an unconditional model (num_classes 0)."""
+    if num_classes == 0:
+        return None
+    return torch.randint(num_classes, (num_images,), generator=_generator(seed, purpose, step, index))
+
+
+def rank_micro_batches(rows: Tensor, accumulation_steps: int, rank: int, world_size: int) -> list[Tensor]:
+    """Cuts a global batch into micro-batches first, then ranks, and returns this rank's part of each micro-batch.
+
+    With this order the images that share a BatchNorm statistic are the same for every world size.
+
+    Args:
+        rows: (B, ...) drawn for the whole global batch.
+        accumulation_steps: number of micro-batches A.
+        rank: this process.
+        world_size: number of processes W; A * W divides B.
+
+    Returns:
+        A tensors of shape (B / (A * W), ...).
+    """
+    parts = rows.reshape(accumulation_steps, world_size, -1, *rows.shape[1:])
+    return list(parts[:, rank])

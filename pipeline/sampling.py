@@ -1,0 +1,54 @@
+"""Images from a generator: the fixed grid that shows a run's progress, and the one rounding to uint8."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pipeline.noise import draw_z
+
+GRID_COLUMNS = 8
+GRID_ROWS = 8
+_IMAGES_PER_PASS = 16
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Rounds images (N, 3, R, R) in [-1, 1] to uint8; truncation instead would shift every FID."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid_classes(num_classes: int) -> list[int]:
+    """Returns the classes of the grid's rows: all of a few, else `GRID_ROWS` evenly spaced ones; [] without classes."""
+    if num_classes <= 10:
+        return list(range(num_classes))
+    return [row * num_classes // GRID_ROWS for row in range(GRID_ROWS)]
+
+
+@torch.no_grad()
+def sample_grid(generator: nn.Module, seed: int, z_dim: int, num_classes: int) -> Tensor:
+    """Returns one picture, (3, H, W) uint8 on the CPU: a class per row, the same noise whenever it is called.
+
+    Args:
+        generator: in eval mode.
+        seed: the run's seed.
+        z_dim: size of the noise.
+        num_classes: 0 for an unconditional generator.
+    """
+    classes = grid_classes(num_classes)
+    rows = len(classes) or GRID_ROWS
+    weight = next(generator.parameters())
+    z = draw_z(seed, "grid_z", 0, 0, rows * GRID_COLUMNS, z_dim).to(weight)
+    labels = torch.tensor(classes, device=weight.device).repeat_interleave(GRID_COLUMNS) if classes else None
+    parts = [slice(start, start + _IMAGES_PER_PASS) for start in range(0, len(z), _IMAGES_PER_PASS)]
+    images = torch.cat([generator(z[part], None if labels is None else labels[part]) for part in parts])
+    grid: Tensor = torchvision.utils.make_grid(to_uint8(images).cpu(), nrow=GRID_COLUMNS, padding=2)
+    return grid
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Writes (3, H, W) uint8 as PNG, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(torchvision.io.encode_png(picture).numpy().tobytes())
+    partial.rename(path)

@@ -1,0 +1,388 @@
+"""The one place that knows the order of things: build, resume, loop, checkpoint."""
+
+import importlib.metadata
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import checkpoint, sampling
+from pipeline.backend import Player, World, configure_determinism
+from pipeline.checkpoint import CheckpointError, TrainerState
+from pipeline.config import Config, ConfigError, changed_hyperparameters, to_dict, to_yaml
+from pipeline.health import NonFiniteError, arm_stall_watch, disarm_stall_watch
+from pipeline.loader import Batch, Loader
+from pipeline.manifest import ShardSet, open_shard_set
+from pipeline.networks import build_discriminator, build_generator
+from pipeline.noise import Purpose, draw_labels, draw_z, rank_micro_batches
+from pipeline.order import PLAN_VERSION
+from pipeline.progress import Meter, Progress
+from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
+from pipeline.summary import check_data, describe, steps_per_epoch
+from pipeline.tracking import Journal, NullTracker, Tracker
+from sagan import Ema, advance_spectral_norm, attention_gains
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+
+
+def dry_run(config: Config) -> None:
+    """Prints the resolved configuration and what would be trained; builds nothing, writes nothing."""
+    shard_set = open_shard_set(config.data.shards)
+    world_size = config.run.expected_world_size or 1
+    check_data(config, shard_set, world_size)
+    print(to_yaml(config))
+    print(describe(config, shard_set, world_size, config.run.device))
+
+
+def train(config: Config) -> None:
+    """Trains until `train.steps`, from the newest checkpoint of the run directory if there is one.
+
+    Returns early, with a checkpoint published, after SIGTERM or SIGUSR1 to any rank.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the world or the run it resumes.
+        CheckpointError: a checkpoint cannot be written, or the run directory is not shared.
+        NonFiniteError: training went non-finite and rolling back did not help, or is switched off.
+        ReplicaError: two ranks' replicas differ.
+    """
+    world = World(config.run.device, config.run.expected_world_size)
+    shard_set = open_shard_set(config.data.shards)
+    check_data(config, shard_set, world.size)
+    if world.is_main:
+        print(describe(config, shard_set, world.size, str(world.device)), flush=True)
+    _check_shared_directory(config.run_dir, world)
+    Trainer(config, world, shard_set).run()
+    world.shutdown()
+
+
+class ReplicaError(RuntimeError):
+    """Ranks that must hold equal networks do not; the message names the ranks and the tensors."""
+
+
+class Trainer:
+    """A run: its networks, its data, its place in both.
+
+    Args:
+        config: of the run.
+        world: the processes that share it.
+        shard_set: its data, checked against the configuration.
+    """
+
+    def __init__(self, config: Config, world: World, shard_set: ShardSet):
+        self.config, self.world, self.shard_set = config, world, shard_set
+        configure_determinism(config.run.deterministic, world.device)
+        self.generator, self.discriminator = _build_players(config, world)
+        self.ema = Ema(self.generator.module, config.ema.decay, config.ema.start_step)
+        self.loader = _build_loader(config, world, shard_set)
+        self.autocast: AbstractContextManager[Any] = (
+            torch.autocast(world.device.type, torch.bfloat16) if config.train.precision == "bf16" else nullcontext()
+        )
+        self.tracker: Tracker = Journal(config.run_dir / "journal.jsonl") if world.is_main else NullTracker()
+        self.stop = _StopRequest()
+        self.meter = Meter()
+        self.progress = Progress(0, config.train.steps, world.is_main)
+        self.step = 0  # updates done
+        self.rollbacks = 0
+
+    def run(self) -> None:
+        """Resumes, trains, and leaves the run directory ready for whatever comes next."""
+        self._resume()
+        self.progress.advance(self.step)
+        if self.step >= self.config.train.steps:
+            self.progress.say(f"step {self.step} of {self.config.train.steps} is done; raise train.steps to go on")
+            return
+        self._write_config()
+        try:
+            while self.step < self.config.train.steps and not self._run_until_trouble():
+                self._roll_back()
+        finally:
+            self.progress.close()
+            disarm_stall_watch()
+            self.stop.release()
+            self.tracker.close()
+
+    def _run_until_trouble(self) -> bool:
+        """Trains to the end or a requested stop and returns True, or returns False when it went non-finite."""
+        train = self.config.train
+        batches = self.loader.batches(self.step * train.num_d_steps)
+        while self.step < train.steps:
+            arm_stall_watch(self.config.health.stall_seconds)
+            agreement = self.world.start_any(self.stop.requested)
+            self._one_step(batches)
+            self.progress.advance(self.step)
+            stopping = agreement.result()
+            last = self.step == train.steps or stopping
+            log, save = self._due(train.log_every_steps, last), self._due(train.checkpoint_every_steps, last)
+            if (log or save) and (self.discriminator.watch.report() or self.generator.watch.report()):
+                return False
+            if log:
+                self._log()
+            if save:
+                self._save()
+            if self._due(train.sample_every_steps, last):
+                self._sample()
+            if stopping:
+                self.progress.say(f"stopped by {self.stop.reason} at step {self.step}; the same command again goes on")
+                return True
+        if self.world.is_main:
+            (self.config.run_dir / "DONE").write_text(f"{self.step}\n")
+        self.progress.say(f"done: {self.step} steps, {self.config.run_dir}")
+        return True
+
+    def _one_step(self, batches: Iterator[Batch]) -> None:
+        """One generator update and the discriminator updates before it (section 5 of the paper's code: model.py)."""
+        config, step = self.config, self.step + 1
+        started = time.perf_counter()
+        reals = [next(batches) for _ in range(config.train.num_d_steps)]
+        self.meter.add_data_wait(time.perf_counter() - started)
+        advance_spectral_norm(self.generator.module)
+        for index, batch in enumerate(reals):
+            noises = self._draw("d_z", "d_labels", step, index)
+            pairs = list(zip(self._to_device(batch), noises, strict=True))
+            losses = discriminator_step(step, self.generator, self.discriminator, pairs, self.autocast)
+        g_losses, skipped = generator_step(
+            step, self.generator, self.discriminator, self._draw("g_z", "g_labels", step, 0), self.autocast
+        )
+        self.ema.update(self.generator.module, step, skipped > 0)
+        self.meter.add(losses | g_losses)
+        self.step = step
+
+    def _draw(self, z_purpose: Purpose, labels_purpose: Purpose, step: int, index: int) -> list[Noise]:
+        """Draws noise and labels for the whole global batch and returns this rank's part of each micro-batch."""
+        seed, model, train = self.config.run.seed, self.config.model, self.config.train
+        z = draw_z(seed, z_purpose, step, index, train.global_batch_size, model.z_dim)
+        labels = draw_labels(seed, labels_purpose, step, index, train.global_batch_size, model.num_classes)
+        z_parts = self._this_ranks(z.to(_DTYPES[train.precision]))
+        labels_parts = [None] * len(z_parts) if labels is None else self._this_ranks(labels)
+        return [Noise(*parts) for parts in zip(z_parts, labels_parts, strict=True)]
+
+    def _this_ranks(self, rows: Tensor) -> list[Tensor]:
+        cut = rank_micro_batches(rows, self.config.train.accumulation_steps, self.world.rank, self.world.size)
+        return [part.to(self.world.device, non_blocking=True) for part in cut]
+
+    def _to_device(self, batch: Batch) -> list[RealImages]:
+        """Moves uint8 images to the device; there they become [-1, 1] and, some of them, mirrored."""
+        device, count = self.world.device, self.config.train.accumulation_steps
+        images = batch.images.to(device, non_blocking=True).to(_DTYPES[self.config.train.precision]) / 127.5 - 1
+        if self.config.data.horizontal_flip:
+            flip = batch.flip.to(device, non_blocking=True)[:, None, None, None]
+            images = torch.where(flip, images.flip(3), images)
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        labels = batch.labels.to(device, non_blocking=True).chunk(count) if self.config.model.num_classes else None
+        return [
+            RealImages(rows, labels[index] if labels is not None else None)
+            for index, rows in enumerate(images.chunk(count))
+        ]
+
+    def _log(self) -> None:
+        losses = self.meter.means(self.world)  # the host waits for the device here, once per interval
+        seconds, data_seconds, steps = self.meter.times()
+        images = steps * self.config.train.global_batch_size * self.config.train.num_d_steps
+        metrics = {f"train/{name}": value for name, value in losses.items()}
+        metrics |= {
+            "train/lr_g": self.config.optimizer.lr_g,
+            "train/lr_d": self.config.optimizer.lr_d,
+            "throughput/images_per_second": images / seconds,
+            "time/step_seconds": seconds / steps,
+            "time/data_seconds": data_seconds / steps,
+            "time/data_wait_percent": 100 * data_seconds / seconds,
+            "progress/epoch": self.step / steps_per_epoch(self.config, self.shard_set),
+            "progress/images_seen": float(self._images_seen()),
+        }
+        for network in (self.generator, self.discriminator):
+            for name, gain in attention_gains(network.module).items():
+                metrics[f"attention/{network.name}_{name}"] = float(gain)
+        self.tracker.log_metrics(self.step, metrics)
+        self.progress.show(self.step, metrics)
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        networks = self._networks()
+        self._compare_replicas(networks)
+        error = ""
+        if self.world.is_main:
+            optimizers = {player.name: player.optimizer.state_dict() for player in (self.generator, self.discriminator)}
+            try:
+                path = checkpoint.save(self.config.run_dir, self._state(), networks, optimizers)
+                checkpoint.prune(self.config.run_dir, self.config.train.keep_checkpoints)
+                self.progress.say(f"checkpoint {path} in {time.perf_counter() - started:.1f} s")
+            except CheckpointError as failure:
+                error = str(failure)
+        if error := self.world.broadcast(error):
+            raise CheckpointError(error)
+
+    def _sample(self) -> None:
+        if self.world.is_main:
+            model = self.config.model
+            grid = sampling.sample_grid(self.ema.module, self.config.run.seed, model.z_dim, model.num_classes)
+            sampling.save_png(grid, self.config.run_dir / "samples" / f"step-{self.step:08d}.png")
+
+    def _resume(self) -> None:
+        """Takes up the newest whole checkpoint; rank 0 chooses, so that all take the same."""
+        path, problems = checkpoint.newest(self.config.run_dir) if self.world.is_main else (None, [])
+        path, problems = self.world.broadcast((path, problems))
+        for problem in problems:
+            self.progress.say(problem)
+        if path is None:
+            return
+        found = checkpoint.load(path)
+        self._check_resumable(found.state, path)
+        self._restore(found)
+        self.progress.say(f"resumed from {path}")
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        self.generator.module.load_state_dict(found.networks["generator"])
+        self.discriminator.module.load_state_dict(found.networks["discriminator"])
+        self.ema.module.load_state_dict(found.networks["ema"])
+        self.generator.optimizer.load_state_dict(found.optimizers["generator"])
+        self.discriminator.optimizer.load_state_dict(found.optimizers["discriminator"])
+        self.step = found.state.step
+
+    def _check_resumable(self, state: TrainerState, path: Path) -> None:
+        if changed := changed_hyperparameters(state.config, self.config):
+            keys = ", ".join(line.split(":")[0] for line in changed)
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise ConfigError(
+                f"{path} was made with other hyperparameters:\n{lines}\n"
+                f"Put them back, choose another run.name, or accept the change with run.accept_changes=[{keys}]"
+            )
+        if state.dataset_id != self.shard_set.dataset_id and "data.shards" not in self.config.run.accept_changes:
+            raise ConfigError(
+                f"{path} was trained on data set {state.dataset_id[:12]}, data.shards={self.config.data.shards} is "
+                f"{self.shard_set.dataset_id[:12]}; use the same shards or accept with run.accept_changes=[data.shards]"
+            )
+        if state.plan_version != PLAN_VERSION:
+            raise ConfigError(
+                f"{path} read its data in order version {state.plan_version}, this code has {PLAN_VERSION}; "
+                "finish the run with the code that began it"
+            )
+        if state.world_size != self.world.size:
+            self.progress.say(
+                f"resuming on {self.world.size} process(es) what ran on {state.world_size}: same samples, noise and "
+                "labels at every step; sums are taken in another order, so the last digits will differ"
+            )
+
+    def _roll_back(self) -> None:
+        """Goes back to the last checkpoint: a skipped update spared the weights, but BN and SN buffers have moved."""
+        finding = self.discriminator.watch.report() or self.generator.watch.report()
+        self.rollbacks += 1
+        health = self.config.health
+        if health.on_non_finite == "stop" or self.rollbacks > health.max_rollbacks:
+            raise NonFiniteError(
+                f"{finding}. Stopped after {self.rollbacks - 1} rollback(s) (health.on_non_finite="
+                f"{health.on_non_finite}, health.max_rollbacks={health.max_rollbacks}). Updates are repeatable, so a "
+                "fault that comes back is in the numbers: lower optimizer.lr_d and lr_g (with run.accept_changes) or "
+                "use train.precision=float32"
+            )
+        for player in (self.generator, self.discriminator):
+            player.watch.reset()
+        self.meter = Meter()
+        path, _ = self.world.broadcast(checkpoint.newest(self.config.run_dir) if self.world.is_main else (None, []))
+        if path is None:
+            raise NonFiniteError(f"{finding}, before the first checkpoint: there is nothing to go back to")
+        self._restore(checkpoint.load(path))
+        self.progress.say(f"{finding}; rolled back to {path} ({self.rollbacks} of {health.max_rollbacks})")
+
+    def _compare_replicas(self, networks: dict[str, dict[str, Tensor]]) -> None:
+        all_digests = self.world.gather(checkpoint.digests(networks) if self.world.size > 1 else {})
+        for rank, digests in enumerate(all_digests):
+            if names := [name for name, digest in digests.items() if digest != all_digests[0][name]]:
+                raise ReplicaError(
+                    f"rank {rank} holds other values than rank 0 at step {self.step} in {len(names)} tensor(s), "
+                    f"first {names[0]}: the replicas went apart. No checkpoint was written; the same command again "
+                    "goes on from the one before"
+                )
+
+    def _networks(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "generator": self.generator.module.state_dict(),
+            "discriminator": self.discriminator.module.state_dict(),
+            "ema": self.ema.module.state_dict(),
+        }
+
+    def _state(self) -> TrainerState:
+        return TrainerState(
+            step=self.step,
+            images_seen=self._images_seen(),
+            next_batch_number=self.step * self.config.train.num_d_steps,
+            plan_version=PLAN_VERSION,
+            dataset_id=self.shard_set.dataset_id,
+            world_size=self.world.size,
+            config=to_dict(self.config),
+            versions={name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
+        )
+
+    def _images_seen(self) -> int:
+        return self.step * self.config.train.num_d_steps * self.config.train.global_batch_size
+
+    def _due(self, every_steps: int, last: bool) -> bool:
+        return last or self.step % every_steps == 0
+
+    def _write_config(self) -> None:
+        if self.world.is_main:
+            (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))
+
+
+class _StopRequest:
+    """Remembers that SIGTERM or SIGUSR1 came; any number of them means the same."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.reason = "another rank"
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested, self.reason = True, signal.Signals(number).name
+
+    def release(self) -> None:
+        """Puts the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _build_players(config: Config, world: World) -> tuple[Player, Player]:
+    torch.manual_seed(config.run.seed)  # equal weights on every rank
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+
+    def player(name: str, module: nn.Module, learning_rate: float) -> Player:
+        module.to(world.device, _DTYPES[config.train.precision]).to(memory_format=layout).train()
+        optimizer = torch.optim.Adam(
+            module.parameters(), learning_rate, config.optimizer.betas, config.optimizer.eps, fused=True
+        )
+        return Player(name, module, optimizer, world)
+
+    return (
+        player("generator", build_generator(config), config.optimizer.lr_g),
+        player("discriminator", build_discriminator(config), config.optimizer.lr_d),
+    )
+
+
+def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
+    raise NotImplementedError
+
+
+def _check_shared_directory(run_dir: Path, world: World) -> None:
+    """Finds a run directory that the nodes do not share, before step 0 and not at the first checkpoint."""
+    token, path = world.broadcast(secrets.token_hex(8)), run_dir / ".token"
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(token)
+    world.barrier()
+    seen = path.read_text() if path.exists() else None
+    strangers = [rank for rank, other in enumerate(world.gather(seen)) if other != token]
+    if strangers:
+        raise CheckpointError(
+            f"run directory {run_dir} (run.dir, run.name) is not the same directory on ranks {strangers} as on rank 0; "
+            "put run.dir on a file system that every node sees"
+        )
+    world.barrier()
+    if world.is_main:
+        path.unlink()

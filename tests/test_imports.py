@@ -1,0 +1,45 @@
+"""Imports point down: launch -> pipeline -> sagan -> torch, and each third party has one door."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {"sagan": set(), "pipeline": {"sagan"}, "launch": {"pipeline", "sagan"}}
+DOORS = {
+    "boto3": {"pipeline/object_store.py"},
+    "botocore": {"pipeline/object_store.py"},
+    "mlflow": {"pipeline/tracking.py"},
+    "torch_fidelity": {"pipeline/evaluation.py"},
+    "accelerate": {"pipeline/backend.py"},
+    "deepspeed": {"pipeline/backend.py"},
+}
+FILES = [path.relative_to(ROOT) for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse((ROOT / path).read_text())))
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {module.split(".")[0] for module in modules}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_down(path: Path):
+    package = path.parts[0]
+    ours = imported_packages(path) & MAY_IMPORT.keys()
+    assert ours <= MAY_IMPORT[package] | {package}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_each_third_party_has_one_door(path: Path):
+    for package in imported_packages(path) & DOORS.keys():
+        assert path.as_posix() in DOORS[package]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "sagan"], ids=str)
+def test_the_model_library_needs_torch_alone(path: Path):
+    import sys
+
+    assert imported_packages(path) <= {"torch", "sagan"} | set(sys.stdlib_module_names)
