@@ -56,7 +56,7 @@ def report(error: Exception) -> int:
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(5)
+        time.sleep(10)
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(f"\n{prefix}error: {error}", file=sys.stderr, flush=True)
     return 1

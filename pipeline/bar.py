@@ -6,6 +6,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}, {rate_noinv_fmt}, {remaining} left]"
+_LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
+
 
 class Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs only
     """tqdm that counts `total` units of work and, where there is no terminal, prints lines instead of redrawing one."""
@@ -23,8 +26,9 @@ class Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs only
             dynamic_ncols=terminal,
             mininterval=0.2 if terminal else 10.0,
             miniters=1,
+            delay=0 if terminal else 10,
             leave=terminal,
-            bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_fmt}, {remaining} left",
+            bar_format=_BAR if terminal else _LINE,
         )
 
     @staticmethod

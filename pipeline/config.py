@@ -110,6 +110,37 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """How `launch/evaluate.py` scores a checkpoint; training does not depend on it."""
+
+    num_images: Annotated[int, Field(ge=10)] = 50_000  # samples; scores of another number have another name
+    batch_size: PositiveInt = 64  # samples of one block; equal for every world size, so part of the protocol
+    seed: NonNegativeInt = 0  # noise and labels of the samples are functions of it
+    features: Literal["inception", "random"] = "inception"  # random: smoke runs; the scores compare with nothing
+    inception_weights: str | None = None  # file; null: the one in the torch hub cache, downloaded when missing
+    allow_unofficial_weights: bool = False  # other weights than the published ones; the scores are named so
+    reference_dir: str | None = None  # where statistics of the training set are kept; null: SHARDS/reference
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run's numbers and pictures go, after RUN/journal.jsonl."""
+
+    enabled: bool = True  # false: the journal alone; a later start or evaluation with true sends all of it
+    uri: str | None = None  # MLflow server or database; null: MLFLOW_TRACKING_URI, else run.dir/mlflow.db
+    experiment: Annotated[str, Field(min_length=1)] = "sagan"
+    artifact_location: str | None = (
+        None  # of a new experiment, such as s3://BUCKET/PREFIX; null: run.dir, or the server
+    )
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and self.uri != "databricks" and "://" not in self.uri:
+            raise ValueError(
+                f"uri must be an address such as http://HOST:5000, sqlite:///FILE or postgresql://..., got {self.uri!r}"
+            )
+
+
+@dataclass(frozen=True)
 class HealthConfig:
     """What happens when training goes wrong."""
 
@@ -128,6 +159,8 @@ class Config:
     train: TrainConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
 
     @property

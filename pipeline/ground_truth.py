@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import scipy.io  # type: ignore[import-untyped]
 
 _IDS_NAME = "ILSVRC2012_validation_ground_truth.txt"
 _META_NAME = "meta.mat"
@@ -72,9 +71,9 @@ def _from_list(lines: list[str], files: Sequence[str], truth: Path) -> Labels:
         strangers = [file for file in class_of if file not in known]
         if unlabelled or strangers or len(class_of) != len(lines):
             raise LabelError(
-                f"--ground-truth {truth} needs one line `FILE CLASS` for each image. Of its {len(lines):,} lines for "
-                f"{len(files):,} images, {len(lines) - len(class_of)} are doubled or broken; {len(unlabelled)} images have "
-                f"no line {unlabelled[:1]}, {len(strangers)} lines have no image {strangers[:1]}"
+                f"--ground-truth {truth} needs one line `FILE CLASS` for each image. Of {len(files):,} images "
+                f"{len(unlabelled)} have no line {unlabelled[:1]}; of its {len(lines):,} lines {len(strangers)} have "
+                f"no image {strangers[:1]} and {len(lines) - len(class_of)} are doubled or broken"
             )
         classes = [class_of[file] for file in files]
     else:
@@ -94,6 +93,8 @@ def _from_devkit(ids: bytes, meta: bytes, files: Sequence[str], truth: Path) -> 
 
     Same reading as torchvision.datasets.imagenet.parse_devkit_archive.
     """
+    import scipy.io  # type: ignore[import-untyped]  # slow to import, and only a devkit needs it
+
     synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
     leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
     synset_of = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}

@@ -88,3 +88,8 @@ def encode(pixels: npt.NDArray[np.uint8], encoding: Encoding) -> bytes:
         case _:
             raise AssertionError(encoding)
     return file.getvalue()
+
+
+def histogram(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Counts the values of each channel: (H, W, 3) uint8 -> (3, 256)."""
+    return np.array(Image.fromarray(pixels).histogram(), np.int64).reshape(3, 256)

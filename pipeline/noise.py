@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Purpose = Literal["d_z", "d_labels", "g_z", "g_labels", "grid_z"]
+Purpose = Literal["d_z", "d_labels", "g_z", "g_labels", "grid_z", "eval_z", "eval_labels"]
 
 
 def _generator(seed: int, purpose: Purpose, step: int, index: int) -> torch.Generator:

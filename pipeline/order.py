@@ -108,7 +108,8 @@ class Plan:
         partition, row = np.divmod(row, per_micro_batch)
         length = self.batches_per_epoch * per_batch
         place = batches * per_batch + micro_batch * per_micro_batch + row
-        return partition * length + (place + self._head_starts(epoch)[partition]) % length
+        positions: Int64 = partition * length + (place + self._head_starts(epoch)[partition]) % length
+        return positions
 
     def _head_starts(self, epoch: int) -> Int64:
         """(C,) samples at the head of each partition that are shown last instead of first.
@@ -133,9 +134,9 @@ class Plan:
         owner = np.repeat(np.arange(len(touched)), counts)
         inside = np.arange(counts.sum()) - offsets[owner]
         # One sort of (block, hash, place in block) packed in 24 + 24 + 16 bits: unique, so any sort gives the same.
-        assert len(touched) <= 2**24 and counts.max() <= 2**16
+        assert len(touched) <= 2**24 and counts.max(initial=0) <= 2**16
         hashes = _hash(self.seed, _SAMPLES, epoch, first[owner] + inside) >> np.uint64(40)
-        keys = np.sort(
+        keys: UInt64 = np.sort(
             (owner.astype(np.uint64) << np.uint64(40)) | (hashes << np.uint64(16)) | inside.astype(np.uint64)
         )
         shuffled = first[owner] + (keys & np.uint64(0xFFFF)).astype(np.int64)
@@ -167,7 +168,7 @@ def rank_rows(global_batch_size: int, accumulation_steps: int, rank: int, world_
         raise ValueError(
             f"{world_size} processes cannot share a micro-batch of global_batch_size / accumulation_steps = "
             f"{global_batch_size} / {accumulation_steps} = {micro_batch_size} samples evenly: "
-            f"start {', '.join(map(str, near))} processes, or change the batch"
+            f"start {' or '.join(map(str, near))} processes, or change the batch"
         )
     per_rank = micro_batch_size // world_size
     rows = np.arange(global_batch_size).reshape(accumulation_steps, micro_batch_size)

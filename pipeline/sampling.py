@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.noise import draw_z
@@ -42,13 +42,14 @@ def sample_grid(generator: nn.Module, seed: int, z_dim: int, num_classes: int) -
     labels = torch.tensor(classes, device=weight.device).repeat_interleave(GRID_COLUMNS) if classes else None
     parts = [slice(start, start + _IMAGES_PER_PASS) for start in range(0, len(z), _IMAGES_PER_PASS)]
     images = torch.cat([generator(z[part], None if labels is None else labels[part]) for part in parts])
-    grid: Tensor = torchvision.utils.make_grid(to_uint8(images).cpu(), nrow=GRID_COLUMNS, padding=2)
-    return grid
+    size = images.shape[-1]
+    cells = to_uint8(images).cpu().view(rows, GRID_COLUMNS, 3, size, size)
+    return cells.permute(2, 0, 3, 1, 4).reshape(3, rows * size, GRID_COLUMNS * size)
 
 
 def save_png(picture: Tensor, path: Path) -> None:
     """Writes (3, H, W) uint8 as PNG, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_bytes(torchvision.io.encode_png(picture).numpy().tobytes())
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="PNG")
     partial.rename(path)

@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -26,7 +27,9 @@ _COMPRESSED = {
     b"PK\x03\x04": "zip",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-_LAYOUTS = "a tar of one tar per class (ILSVRC2012_img_train.tar), one folder per class, one folder of images, or a tar of either"
+_LAYOUTS = (
+    "a tar of one tar per class (ILSVRC2012_img_train.tar), a folder per class, a folder of images, or a tar of these"
+)
 
 
 class SourceError(ValueError):
@@ -66,20 +69,15 @@ class Source:
         Raises:
             SourceError: a file is shorter or longer than it was when the source was listed.
         """
-        descriptor = None if self.location.is_dir() else os.open(self.location, os.O_RDONLY)
-        try:
+        with nullcontext() if self.location.is_dir() else open(self.location, "rb") as tar:
             for name, offset, size in zip(self.files, self.offsets.tolist(), self.sizes.tolist(), strict=True):
-                in_tar = descriptor is not None
-                data = os.pread(descriptor, size, offset) if in_tar else (self.location / name).read_bytes()
+                data = os.pread(tar.fileno(), size, offset) if tar else (self.location / name).read_bytes()
                 if len(data) != size:
                     raise SourceError(
                         f"{self.location}: {name} had {size:,} bytes when the source was listed, now {len(data):,}; "
                         "leave the source alone while it is read, and run the same command again"
                     )
                 yield data
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
     def sha256(self) -> str:
         """Hash over the list (name, bytes, label): equal for a folder and a tar of it."""
@@ -133,7 +131,7 @@ def list_source(location: Path, truth: Path | None = None, titles: Path | None =
     if not class_tars:
         source = _tree(location, entries, read, truth)
     elif location.is_dir():
-        raise SourceError(f"{read} holds {len(class_tars)} tar(s), such as {class_tars[0]}; give one tar as --source")
+        raise SourceError(f"{read} holds {len(class_tars)} tar(s), such as {min(class_tars)}; give one tar as --source")
     elif truth is not None:
         raise SourceError(f"{read} has its labels in the names of its {len(class_tars)} tars; leave out --ground-truth")
     else:

@@ -1,59 +1,295 @@
-"""Where a run's numbers go: a journal of JSON lines in the run directory, written by rank 0."""
+"""What the trainer and the evaluation tell about a run: to a journal first, from there to MLflow.
+
+RUN/journal.jsonl holds every point, RUN/journals/ what is not the trainer's or is a file. `mlflow_sender` carries them
+to MLflow in a process of its own, so that nothing here waits for a server or imports MLflow.
+"""
 
 import json
-import time
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
+
+from tqdm import tqdm
+
+from pipeline.config import Config, TrackingConfig, flatten, to_dict
+from pipeline.journal import Journal, Record, read_records
+from pipeline.mlflow_sender import Destination, count_unsent, remembered_store
+
+Status = Literal["FINISHED", "KILLED", "FAILED"]  # done; stopped by a person or a scheduler; ended by an error
+
+_CLOSE_SECONDS = 60.0  # the sender's last attempt may take so long, start of its process and a new database included
+_BESIDE = "run.dir/mlflow.db"
+_LONGEST_TEXT = 5000  # of a tag; MLflow refuses more
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the configuration does not know about a run.
+
+    Args:
+        dataset_id: of the shards.
+        world_size: number of processes.
+        hostnames: of the machines they run on, each once.
+    """
+
+    dataset_id: str
+    world_size: int
+    hostnames: tuple[str, ...]
 
 
 class Tracker(Protocol):
-    """What the trainer tells; a tracker that does nothing stands in on the other ranks."""
+    """What the trainer tells."""
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Records numbers of one step."""
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records numbers of one step; what a resumed run repeats is not recorded again."""
 
-    def close(self) -> None:
-        """Ends the record."""
+    def log_image(self, step: int, path: Path) -> None:
+        """Records a picture, which stays where it is and is copied to the run's artifacts, folder `samples`."""
+
+    def close(self, status: Status) -> None:
+        """Ends the record of this process."""
 
 
 class NullTracker:
-    """Tells nobody."""
+    """Tells nobody: stands in on the other ranks."""
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Does nothing."""
 
-    def close(self) -> None:
+    def log_image(self, step: int, path: Path) -> None:
+        """Does nothing."""
+
+    def close(self, status: Status) -> None:
         """Does nothing."""
 
 
-class Journal:
-    """Appends metrics to RUN/journal.jsonl, each (step) once through all restarts.
+def open_tracker(config: Config, facts: RunFacts, is_main: bool) -> Tracker:
+    """Returns the run's tracker, the same MLflow run through all restarts; on other ranks than 0 one that does nothing.
 
-    A step that a resumed run repeats is already there and is not written again; a line that a kill cut short is
-    removed.
+    Raises:
+        JournalError: a journal of the run is damaged.
+    """
+    return RunTracker(config, facts) if is_main else NullTracker()
+
+
+class RunTracker:
+    """Writes the journals and keeps a sender running beside.
 
     Args:
-        path: the journal file; made when absent.
+        config: of the run.
+        facts: about its processes and data.
     """
 
-    def __init__(self, path: Path):
-        whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]
-        steps = [json.loads(line)["step"] for line in whole.splitlines()]
-        self._last_step = max(steps, default=-1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        self._file.truncate(len(whole))
+    def __init__(self, config: Config, facts: RunFacts):
+        self._run_dir = config.run_dir
+        self._points = Journal(self._run_dir / "journal.jsonl")
+        self._files = Journal(self._run_dir / "journals" / "files-samples.jsonl")
+        self._points.append(_start_record(config, facts, self._points.starts))
+        self._sender: subprocess.Popen[bytes] | None = None
+        if config.tracking.enabled:
+            _introduce(config.tracking, self._run_dir, facts)
+            started_seconds = self._points.starts[-1]["time_seconds"]
+            self._sender = _start_sender(_destination(config.tracking, self._run_dir, started_seconds))
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line unless this step was recorded before."""
-        if step <= self._last_step:
-            return
-        self._last_step = step
-        line = json.dumps({"step": step, "time_seconds": time.time(), "metrics": metrics})
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        infinite = {name: value for name, value in metrics.items() if math.isinf(value)}
+        tags = {f"infinite.{name}": f"{value} at step {step}; shown as 1.8e308" for name, value in infinite.items()}
+        self._points.log(step, metrics, tags=tags)
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def log_image(self, step: int, path: Path) -> None:
+        """See `Tracker`."""
+        self._files.log(step, files={_inside(path, self._run_dir): "samples"})
+
+    def close(self, status: Status) -> None:
+        """Notes how the training ended and waits for the sender, a minute at most."""
+        self._points.append({"status": status})
+        self._points.close()
+        self._files.close()
+        if self._sender is not None:
+            _finish(self._sender, self._run_dir)
+
+
+def log_evaluation(
+    config: Config,
+    run_dir: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    files: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Records an evaluation in the training's MLflow run, whether that is over, under way elsewhere, or never told.
+
+    Whatever is still unsent from before is sent too. A (metric, step) or file that was recorded before is not recorded
+    again. A server that is away costs one line and a minute at most; the next evaluation or start sends the rest.
+
+    Args:
+        config: of the run.
+        run_dir: its directory.
+        step: of the checkpoint that was evaluated.
+        metrics: by name, such as `eval/fid`.
+        files: copied to the run's artifacts, folder `evaluation/step-00001000`.
+        tags: set on the run.
+
+    Raises:
+        JournalError: a journal of the run is damaged.
+    """
+    folder = f"evaluation/step-{step:08d}"
+    with Journal(run_dir / "journals" / f"evaluation-{step:08d}.jsonl") as journal:
+        for name, before in _recorded_metrics(journal.path).items():
+            if name in metrics and str(float(metrics[name])) != str(before):
+                _say(f"tracking: {name} of step {step} is on record as {before}; {metrics[name]} is not added")
+        journal.log(step, metrics, tags=tags)
+    with Journal(run_dir / "journals" / f"files-evaluation-{step:08d}.jsonl") as journal:
+        journal.log(step, files={_inside(path, run_dir): folder for path in files})
+    send_unsent(config, run_dir)
+
+
+def send_unsent(config: Config, run_dir: Path) -> None:
+    """Sends what earlier processes of the run could not; says so when something remains. Takes a minute at most."""
+    if config.tracking.enabled:
+        _finish(_start_sender(_destination(config.tracking, run_dir)), run_dir)
+
+
+def _start_record(config: Config, facts: RunFacts, starts: Sequence[Record]) -> Record:
+    """Returns what is journaled when training begins or goes on.
+
+    MLflow refuses to change a parameter: the parameters are the configuration of the first start, and what a later one
+    changes (train.steps, say) becomes a tag `changed.train.steps` with all its values, oldest first.
+    """
+    now = {name: _text(value) for name, value in flatten(to_dict(config)).items()}
+    first: Record = {} if starts else {"run_key": uuid.uuid4().hex, "params": now}
+    configs = [start["config"] for start in starts] + [now]
+    histories = {name: [values[name] for values in configs if name in values] for name in now}
+    changed = {f"changed.{name}": " -> ".join(_unrepeated(values)) for name, values in histories.items()}
+    tags = _tags(config, facts, len(starts)) | {name: text for name, text in changed.items() if " -> " in text}
+    return first | {"config": now, "tags": tags, "status": "RUNNING"}
+
+
+def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
+    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    unsynchronised = facts.world_size > 1 and not config.model.sync_batch_norm
+    tags: dict[str, Any] = {
+        "mlflow.user": os.environ.get("USER", "unknown"),
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit or "unknown",
+        "git_dirty": bool(dirty) if commit else "unknown",
+        "dataset_id": facts.dataset_id,
+        "world_size": facts.world_size,
+        "hostnames": " ".join(facts.hostnames),
+        "restarts": restarts,
+        "batch_norm": "unsynchronised, depends on world_size" if unsynchronised else "synchronised",
+        "command": shlex.join(sys.argv),
+    }
+    return {name: _text(value) for name, value in tags.items()}
+
+
+def _git(*arguments: str) -> str:
+    """Returns what git says about the checkout this file lies in; "" without git or a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _start_sender(destination: Destination) -> subprocess.Popen[bytes]:
+    # A session of its own, so that a signal to the training's process group does not end it before the last points.
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "pipeline.mlflow_sender"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(asdict(destination)).encode() + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def _destination(tracking: TrackingConfig, run_dir: Path, started_seconds: float | None = None) -> Destination:
+    home = run_dir.absolute().parent
+    uri, _ = _choose_uri(tracking, run_dir)
+    store = _BESIDE if uri is None else _without_password(uri)
+    uri = uri or f"sqlite:///{home / 'mlflow.db'}"
+    artifacts = tracking.artifact_location
+    if artifacts is None and not uri.startswith(("http:", "https:", "databricks")):
+        artifacts = (home / "mlartifacts").as_uri()
+    return Destination(str(run_dir.absolute()), uri, store, tracking.experiment, artifacts, started_seconds)
+
+
+def _introduce(tracking: TrackingConfig, run_dir: Path, facts: RunFacts) -> None:
+    uri, chosen_by = _choose_uri(tracking, run_dir)
+    shown = _without_password(uri) if uri else str(run_dir.parent / "mlflow.db")
+    _say(f"tracking: {shown} ({chosen_by}), experiment {tracking.experiment}")
+    if len(facts.hostnames) > 1 and (uri is None or uri.startswith("sqlite")):
+        _say(
+            f"warning: {len(facts.hostnames)} machines, and tracking in a sqlite file: sqlite on a network disk can "
+            "lose its file when several machines write. For more than one run at a time start `mlflow server` "
+            "and set tracking.uri"
+        )
+
+
+def _choose_uri(tracking: TrackingConfig, run_dir: Path) -> tuple[str | None, str]:
+    """Returns the MLflow URI, None for the store beside the run directories, and what decided."""
+    if tracking.uri is not None:
+        return tracking.uri, "tracking.uri"
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri, "MLFLOW_TRACKING_URI"
+    # A later job without the variable must not open a second MLflow run elsewhere.
+    remembered = remembered_store(run_dir)
+    if remembered not in (None, _BESIDE) and "***" not in str(remembered):
+        return remembered, "where this run went before"
+    return None, "in run.dir; change with tracking.uri or MLFLOW_TRACKING_URI"
+
+
+def _finish(sender: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Lets the sender make its last attempt, and says what it did not manage."""
+    assert sender.stdin is not None
+    try:
+        sender.stdin.close()
+        sender.wait(_CLOSE_SECONDS)
+    except BrokenPipeError:
+        sender.wait()
+    except subprocess.TimeoutExpired:
+        sender.kill()  # at any moment: what it sent and did not note is sent again and lands once
+        sender.wait()
+    points, files = count_unsent(run_dir)
+    if points or files:
+        _say(f"tracking: {points} points and {files} files are not sent yet; the next start or evaluation sends them")
+
+
+def _recorded_metrics(journal: Path) -> dict[str, float]:
+    records, _ = read_records(journal)
+    return {name: value for record in records for name, value in record.get("metrics", {}).items()}
+
+
+def _unrepeated(values: Sequence[str]) -> list[str]:
+    return [value for index, value in enumerate(values) if index == 0 or value != values[index - 1]]
+
+
+def _text(value: Any) -> str:
+    """Returns a value as YAML and JSON write it, short enough for MLflow, without passwords in addresses."""
+    return _without_password(value if isinstance(value, str) else json.dumps(value))[:_LONGEST_TEXT]
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
+
+
+def _inside(path: Path, run_dir: Path) -> str:
+    """Returns the path relative to the run directory, so that this can be moved, or absolute when it lies outside."""
+    absolute, home = path.absolute(), run_dir.absolute()
+    return str(absolute.relative_to(home) if absolute.is_relative_to(home) else absolute)
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)

@@ -3,12 +3,13 @@
 import importlib.metadata
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress
 from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
 from pipeline.summary import check_data, describe, steps_per_epoch
-from pipeline.tracking import Journal, NullTracker, Tracker
+from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker
 from sagan import Ema, advance_spectral_norm, attention_gains
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -84,8 +85,7 @@ class Trainer:
         self.autocast: AbstractContextManager[Any] = (
             torch.autocast(world.device.type, torch.bfloat16) if config.train.precision == "bf16" else nullcontext()
         )
-        self.tracker: Tracker = Journal(config.run_dir / "journal.jsonl") if world.is_main else NullTracker()
-        self.stop = _StopRequest()
+        self.tracker: Tracker = NullTracker()  # until it is certain that this run may go on
         self.meter = Meter()
         self.progress = Progress(0, config.train.steps, world.is_main)
         self.step = 0  # updates done
@@ -98,15 +98,19 @@ class Trainer:
         if self.step >= self.config.train.steps:
             self.progress.say(f"step {self.step} of {self.config.train.steps} is done; raise train.steps to go on")
             return
-        self._write_config()
+        if self.world.is_main:
+            (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        self.tracker = open_tracker(self.config, self._facts(), self.world.is_main)
+        self.stop, status = _StopRequest(), cast(Status, "FAILED")
         try:
             while self.step < self.config.train.steps and not self._run_until_trouble():
                 self._roll_back()
+            status = "FINISHED" if self.step >= self.config.train.steps else "KILLED"
         finally:
             self.progress.close()
             disarm_stall_watch()
             self.stop.release()
-            self.tracker.close()
+            self.tracker.close(status)
 
     def _run_until_trouble(self) -> bool:
         """Trains to the end or a requested stop and returns True, or returns False when it went non-finite."""
@@ -128,7 +132,7 @@ class Trainer:
                 self._save()
             if self._due(train.sample_every_steps, last):
                 self._sample()
-            if stopping:
+            if stopping and self.step < train.steps:
                 self.progress.say(f"stopped by {self.stop.reason} at step {self.step}; the same command again goes on")
                 return True
         if self.world.is_main:
@@ -223,7 +227,9 @@ class Trainer:
         if self.world.is_main:
             model = self.config.model
             grid = sampling.sample_grid(self.ema.module, self.config.run.seed, model.z_dim, model.num_classes)
-            sampling.save_png(grid, self.config.run_dir / "samples" / f"step-{self.step:08d}.png")
+            path = self.config.run_dir / "samples" / f"step-{self.step:08d}.png"
+            sampling.save_png(grid, path)
+            self.tracker.log_image(self.step, path)
 
     def _resume(self) -> None:
         """Takes up the newest whole checkpoint; rank 0 chooses, so that all take the same."""
@@ -326,9 +332,9 @@ class Trainer:
     def _due(self, every_steps: int, last: bool) -> bool:
         return last or self.step % every_steps == 0
 
-    def _write_config(self) -> None:
-        if self.world.is_main:
-            (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))
+    def _facts(self) -> RunFacts:
+        hostnames = tuple(dict.fromkeys(self.world.gather(socket.gethostname())))
+        return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames)
 
 
 class _StopRequest:
@@ -366,7 +372,19 @@ def _build_players(config: Config, world: World) -> tuple[Player, Player]:
 
 
 def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
-    raise NotImplementedError
+    return Loader(
+        shard_set,
+        image_size=config.model.resolution,
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        accumulation_steps=config.train.accumulation_steps,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=config.data.num_workers,
+        prefetch_batches=config.data.prefetch_batches,
+        horizontal_flip=config.data.horizontal_flip,
+        pin_memory=world.device.type == "cuda",
+    )
 
 
 def _check_shared_directory(run_dir: Path, world: World) -> None:

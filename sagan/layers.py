@@ -186,10 +186,10 @@ def _all_reduce_normalize(x: Tensor, mean: Tensor, variance: Tensor, momentum: f
 
 
 def _fused_normalize(x: Tensor, mean: Tensor, variance: Tensor, momentum: float, eps: float) -> Tensor:
-    """Do as `_all_reduce_normalize` with the CUDA kernels of torch.nn.SyncBatchNorm, which this calls the same way.
+    """Do as `_all_reduce_normalize` with the CUDA kernels that torch.nn.SyncBatchNorm(affine=False) calls.
 
-    The function is the one that nn.SyncBatchNorm(affine=False) applies; its nine arguments are the same in torch 2.11
-    to 2.15. Statistics are float32 for a float16 or bfloat16 `x`.
+    Semi-private in torch; called as torch 2.15's nn.SyncBatchNorm.forward does. Statistics of a float16 or bfloat16 `x`
+    are float32. Like there, each forward pass waits once for the device (it drops ranks without samples).
     """
     group = dist.group.WORLD
     y: Tensor = _FusedBatchNorm.apply(x, None, None, mean, variance, eps, momentum, group, dist.get_world_size())

@@ -106,7 +106,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path, monkeypatch):
                 (self / name).symlink_to("/dev/full")
 
     monkeypatch.setattr(type(partial), "mkdir", mkdir_on_a_full_disk)
-    with pytest.raises(CheckpointError, match="the disk is full.*already published are untouched; free space on"):
+    with pytest.raises(CheckpointError, match=r"the disk is full.*already published are untouched; free space on"):
         save_at(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == (before, [])
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"], "the unfinished files are removed"

@@ -1,0 +1,258 @@
+"""Builds, shows and verifies shard sets.
+
+python launch/shards.py build --source ILSVRC2012_img_train.tar --destination shards/imagenet128 --size 128
+python launch/shards.py show shards/imagenet128
+python launch/shards.py verify shards/imagenet128
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import shards
+from pipeline.ground_truth import LabelError
+from pipeline.manifest import Manifest, ShardSet, ShardSetError, open_shard_set
+from pipeline.sources import SourceError, list_source
+from pipeline.tars import TarError
+from pipeline.verify import verify
+from pipeline.workers import WorkerError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 1 with the reason on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (SourceError, LabelError, TarError, shards.BuildError, ShardSetError, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}; what is finished stays, the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shards.py", description="Builds, shows and verifies sets of image shards.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser(
+        "build",
+        help="make a set from images",
+        description="Makes a set of WebDataset shards from images. Run the same command again after an interruption: "
+        "it goes on where it was. The result does not depend on --workers.",
+    )
+    build.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help="ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar as they are, one folder per class, one folder of "
+        "images (no labels), or a tar of either; read in place",
+    )
+    build.add_argument("--destination", required=True, metavar="DIR", help="new or empty directory")
+    build.add_argument("--size", type=_at_least(1), required=True, metavar="PIXELS", help="side of the square images")
+    build.add_argument(
+        "--encoding",
+        choices=["webp", "raw", "png", "jpeg444"],
+        default="webp",
+        help="webp (default) and png are lossless, raw is uint8 (largest, fastest), jpeg444 is lossy, quality 95",
+    )
+    build.add_argument("--samples-per-shard", type=_at_least(1), default=2048, metavar="N", help="default 2048")
+    build.add_argument(
+        "--workers",
+        type=_at_least(1),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; default: the cores this process may use",
+    )
+    build.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="S", help="of the order of the images; default 0"
+    )
+    build.add_argument(
+        "--limit-per-class", type=_at_least(1), metavar="N", help="at most N images of each class, drawn at random"
+    )
+    build.add_argument(
+        "--split", metavar="NAME", help="default: train, val or test where the source's name says so, else all"
+    )
+    build.add_argument(
+        "--ground-truth",
+        type=Path,
+        metavar="FILE",
+        help="labels of ILSVRC2012_img_val.tar or another flat source: the devkit (folder or tar), or a text file of "
+        "lines `FILE CLASS`, or of a line `CLASS` per image in the order of their names",
+    )
+    build.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="lines `CLASS title`: what a person calls each class"
+    )
+    build.add_argument(
+        "--max-skipped", type=_at_least(0), default=0, metavar="N", help="unreadable images to put up with; default 0"
+    )
+    build.set_defaults(run=_build)
+
+    show = commands.add_parser("show", help="print what is in a set")
+    show.add_argument("set", metavar="DIR")
+    show.set_defaults(run=_show)
+
+    check = commands.add_parser("verify", help="hash everything in a set again")
+    check.add_argument("set", metavar="DIR")
+    check.set_defaults(run=_verify)
+    return parser
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    return whole_number
+
+
+def _build(options: argparse.Namespace) -> int:
+    destination = shards.check_destination(options.destination, options.source)
+    source = list_source(options.source, options.ground_truth, options.class_names)
+    classes = f"{len(source.class_names):,} classes" if source.class_names else "no labels: an unconditional set"
+    print(f"source: {source.layout}, {len(source):,} images, {classes}")
+    if source.num_hidden:
+        print(f"passed over: {source.num_hidden:,} hidden file(s), whose name or folder begins with a dot")
+    plan = shards.plan(
+        source,
+        image_size=options.size,
+        encoding=options.encoding,
+        samples_per_shard=options.samples_per_shard,
+        seed=options.seed,
+        limit_per_class=options.limit_per_class,
+        split=options.split,
+    )
+    report = shards.build(plan, destination, workers=options.workers, max_skipped=options.max_skipped)
+    if report.was_there:
+        print(f"{destination} holds this set already, nothing to do; `verify` checks its bytes\n")
+    else:
+        print(
+            f"built {report.built_images:,} images in {report.seconds:,.1f} s "
+            f"({report.built_images / report.seconds:,.0f} images/s, {options.workers} worker(s)), "
+            f"{report.built_shards:,} shard(s) built, {report.kept_shards:,} kept\n"
+        )
+    print(describe(report.shard_set))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(describe(open_shard_set(options.set)))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    faults = verify(options.set)
+    if faults:
+        print(f"{options.set}: {len(faults)} fault(s)\n" + "\n".join(f"  {fault}" for fault in faults), file=sys.stderr)
+        return 1
+    shard_set = open_shard_set(options.set)
+    manifest = shard_set.manifest
+    print(
+        f"{options.set}: sound; {len(manifest.shards):,} shard(s), {shard_set.index.num_blocks:,} block(s), "
+        f"{manifest.num_samples:,} images, dataset id {shard_set.dataset_id}"
+    )
+    return 0
+
+
+def describe(shard_set: ShardSet) -> str:
+    """What is in a set, as lines for people."""
+    manifest, index = shard_set.manifest, shard_set.index
+    total_bytes = sum(shard.bytes for shard in manifest.shards)
+    rows = [
+        ("set", f"{manifest.name}, split {manifest.split}"),
+        ("dataset id", shard_set.dataset_id),
+        ("source", f"{manifest.source} ({manifest.source_layout}), {manifest.source_images:,} images"),
+        ("images", f"{manifest.num_samples:,}, {_completeness(manifest)}"),
+        *_class_rows(shard_set),
+        ("pixels", _pixels(manifest)),
+        ("encoding", _ENCODINGS[manifest.encoding]),
+        ("shards", f"{len(manifest.shards):,} of {_range([shard.samples for shard in manifest.shards])} images"),
+        ("blocks", f"{index.num_blocks:,} of {_range(np.diff(index.block_first_sample).tolist())} images"),
+        ("bytes", f"{total_bytes:,}, {total_bytes / manifest.num_samples:,.0f} per image"),
+        ("order", f"one permutation of all images, seed {manifest.seed}" if manifest.seed is not None else "as found"),
+        ("built with", ", ".join(f"{name} {version}" for name, version in manifest.library_versions.items())),
+        ("skipped", f"{len(manifest.skipped):,}" if manifest.skipped else "none"),
+        *(("", f"{skip.file}: {skip.reason}") for skip in manifest.skipped),
+    ]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+_ENCODINGS = {
+    "webp": "webp, lossless",
+    "raw": "raw: KEY.bin is the uint8 pixels in the order row, column, channel (np.frombuffer)",
+    "png": "png, lossless",
+    "jpeg444": "jpeg, quality 95, 4:4:4 (lossy)",
+    "original": "files as they were",
+}
+
+
+def _completeness(manifest: Manifest) -> str:
+    if manifest.complete:
+        return "the whole source"
+    limit = f", at most {manifest.limit_per_class:,} per class" if manifest.limit_per_class is not None else ""
+    return f"not the whole source{limit}"
+
+
+def _pixels(manifest: Manifest) -> str:
+    if manifest.image_size is None:
+        return "original sizes"
+    text = f"{manifest.image_size} x {manifest.image_size}, {manifest.crop}, {manifest.interpolation}"
+    text += f", {manifest.num_enlarged:,} enlarged; EXIF orientation {manifest.exif_orientation}"
+    if manifest.pixel_mean and manifest.pixel_std:
+        mean, std = (
+            " ".join(f"{value:.2f}" for value in values) for values in (manifest.pixel_mean, manifest.pixel_std)
+        )
+        text += f"; RGB mean {mean}, std {std}"
+    return text
+
+
+def _class_rows(shard_set: ShardSet) -> list[tuple[str, str]]:
+    manifest, index = shard_set.manifest, shard_set.index
+    if not manifest.num_classes:
+        return [("classes", "none (unconditional)")]
+    counts = np.array(manifest.class_counts)
+    shares = counts[counts > 0] / counts.sum()
+    # 1 for equal classes; a single class is as balanced as can be.
+    balance = float(-(shares * np.log(shares)).sum() / math.log(len(counts))) if len(counts) > 1 else 1.0
+    order = np.argsort(-counts, kind="stable").tolist()
+    in_shard = [
+        len(np.unique(index.sample_label[index.sample_shard == shard])) for shard in range(len(manifest.shards))
+    ]
+    return [
+        ("classes", f"{len(counts):,}, label 0 is {_class(manifest, 0)}, the last {_class(manifest, len(counts) - 1)}"),
+        (
+            "balance",
+            f"{counts.min():,} / {np.median(counts):,.0f} / {counts.max():,} images per class (min/median/max), "
+            f"entropy {balance:.4f} of that of equal classes",
+        ),
+        ("", f"most: {', '.join(_count(manifest, label) for label in order[:3])}"),
+        ("", f"least: {', '.join(_count(manifest, label) for label in order[::-1][:3])}"),
+        ("", f"{_range(in_shard)} classes in a shard"),
+    ]
+
+
+def _class(manifest: Manifest, label: int) -> str:
+    return f"{manifest.class_names[label]} {manifest.class_titles[label] if manifest.class_titles else ''}".strip()
+
+
+def _count(manifest: Manifest, label: int) -> str:
+    return f"{_class(manifest, label)} {manifest.class_counts[label]:,}"
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

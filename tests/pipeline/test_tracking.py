@@ -1,0 +1,557 @@
+"""Tracking against a real MLflow store: each point once, whatever is killed, away or broken."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import mlflow_sender, tracking
+from pipeline.config import ConfigError, config_from_dict
+from pipeline.journal import Journal, read_records
+from pipeline.mlflow_sender import Sender, count_unsent
+from pipeline.tracking import RunFacts, log_evaluation, open_tracker
+
+# MLflow's own: its queries use an option that SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
+
+FACTS = RunFacts(dataset_id="d" * 64, world_size=2, hostnames=("node1",))
+
+
+def make_config(run_dir: Path, steps: int = 100, **tracking_values):
+    return config_from_dict(
+        {
+            "run": {"name": run_dir.name, "dir": str(run_dir.parent)},
+            "data": {"shards": "shards"},
+            "model": {"resolution": 16, "num_classes": 3, "attention_resolution": 8},
+            "train": {"steps": steps, "global_batch_size": 4},
+            "tracking": tracking_values,
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """A database with MLflow's tables, made once, because they take seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of MLflow's own imports
+        from mlflow import MlflowClient
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(empty_database, tmp_path, monkeypatch) -> Path:
+    """The default store, beside the run directories."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "runs").mkdir()
+    return Path(shutil.copy(empty_database, tmp_path / "runs" / "mlflow.db"))
+
+
+@pytest.fixture
+def run_dir(database) -> Path:
+    return database.parent / "run1"
+
+
+def deliver(config, run_dir: Path) -> None:
+    """What the sender's process does, in this one."""
+    Sender(tracking._destination(config.tracking, run_dir)).deliver()
+
+
+def off(config):
+    """The same configuration, journal only."""
+    return replace(config, tracking=replace(config.tracking, enabled=False))
+
+
+def train(config, steps, status="FINISHED", facts=FACTS) -> None:
+    """A training that only tells; nothing is sent."""
+    tracker = open_tracker(off(config), facts, is_main=True)
+    for step in steps:
+        tracker.log_metrics(step, {"train/d_loss": 1 / step, "train/g_loss": -1.0 * step})
+    tracker.close(status)
+
+
+def stored_points(database: Path) -> list[tuple[str, int, float]]:
+    """(metric, step, value) of all runs, straight from the tables, without the system's metrics."""
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select key, step, value from metrics where key not like 'system/%'").fetchall()
+    connection.close()
+    return sorted(rows)
+
+
+def expected_points(steps) -> list[tuple[str, int, float]]:
+    return sorted([("train/d_loss", n, 1 / n) for n in steps] + [("train/g_loss", n, -1.0 * n) for n in steps])
+
+
+def client_of(database: Path):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{database}")
+
+
+def only_run(client, experiment="sagan"):
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return run
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def test_a_kill_between_any_two_messages_loses_and_doubles_nothing(database, tmp_path, monkeypatch):
+    """Kills the sender before and after each of its requests and notes in turn; another one goes on."""
+    monkeypatch.setattr(mlflow_sender, "_CHUNK_BYTES", 2000)  # several requests for a small journal
+    moments = 0
+
+    def killed_at(number: int, after: bool):
+        def wrap(function):
+            def wrapped(*arguments, **keywords):
+                nonlocal moments
+                moments += 1
+                if moments == number and not after:
+                    raise Killed
+                result = function(*arguments, **keywords)
+                if moments == number and after:
+                    raise Killed
+                return result
+
+            return wrapped
+
+        return wrap
+
+    def send(run_dir, wrap) -> None:
+        sender = Sender(tracking._destination(make_config(run_dir).tracking, run_dir))
+        for name in ("create_run", "log_batch", "log_artifact", "set_terminated", "update_run"):
+            monkeypatch.setattr(sender._client, name, wrap(getattr(sender._client, name)))
+        monkeypatch.setattr(sender, "_write_state", wrap(sender._write_state))
+        sender.deliver()
+
+    steps = range(1, 31)
+    number, counts = 0, []
+    while not counts or number <= counts[0]:
+        for after in (False, True):
+            run_dir = database.parent / f"run-{number}-{after}"
+            config = make_config(run_dir)
+            train(config, steps)
+            moments = 0
+            if number:
+                with pytest.raises(Killed):
+                    send(run_dir, killed_at(number, after))
+            send(run_dir, lambda function: function) if number else send(run_dir, killed_at(0, after))
+            counts.append(moments)
+        number += 1
+    assert counts[0] >= 10
+    client = client_of(database)
+    runs = client.search_runs([client.get_experiment_by_name("sagan").experiment_id])
+    assert len(runs) == 2 * number  # one each
+    assert all(run.info.status == "FINISHED" for run in runs)
+    assert stored_points(database) == sorted(expected_points(steps) * len(runs))
+
+
+def test_a_resumed_run_is_the_same_run_and_its_replayed_steps_are_not_sent_again(database, run_dir):
+    config = make_config(run_dir)
+    train(config, range(1, 11), "KILLED")
+    deliver(config, run_dir)
+    train(config, range(5, 16), "FINISHED")
+    deliver(config, run_dir)
+    run = only_run(client_of(database))
+    assert run.info.run_name == "run1"
+    assert run.data.tags["restarts"] == "1"
+    assert stored_points(database) == expected_points(range(1, 16))
+
+
+def test_points_keep_the_time_they_were_made_at(database, run_dir):
+    config = make_config(run_dir)
+    before = int(time.time() * 1000)
+    train(config, [1])
+    made = int(time.time() * 1000)
+    time.sleep(0.05)
+    deliver(config, run_dir)
+    client = client_of(database)
+    (point,) = client.get_metric_history(only_run(client).info.run_id, "train/d_loss")
+    assert before <= point.timestamp <= made + 1
+
+
+def test_parameters_stay_and_what_a_resume_changes_becomes_a_tag(database, run_dir):
+    train(make_config(run_dir, steps=100), [1])
+    deliver(make_config(run_dir), run_dir)
+    for steps in (200, 200, 300):
+        train(make_config(run_dir, steps=steps), [2])
+        deliver(make_config(run_dir), run_dir)
+    data = only_run(client_of(database)).data
+    assert data.params["train.steps"] == "100"
+    assert data.params["optimizer.betas"] == "[0.0, 0.999]" and data.params["model.sync_batch_norm"] == "true"
+    assert data.tags["changed.train.steps"] == "100 -> 200 -> 300"
+    assert [name for name in data.tags if name.startswith("changed.")] == ["changed.train.steps"]
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "KILLED", "FAILED"])
+def test_status_follows_the_training(database, run_dir, status):
+    config = make_config(run_dir)
+    train(config, [1], status)
+    deliver(config, run_dir)
+    client = client_of(database)
+    assert only_run(client).info.status == status
+    tracker = open_tracker(off(config), FACTS, is_main=True)
+    deliver(config, run_dir)
+    assert only_run(client).info.status == "RUNNING"
+    tracker.close("FINISHED")
+    deliver(config, run_dir)
+    assert only_run(client).info.status == "FINISHED"
+
+
+def test_tags_tell_where_the_run_comes_from(database, run_dir, repo_root):
+    config = make_config(run_dir)
+    config = replace(config, model=replace(config.model, sync_batch_norm=False))
+    train(config, [1], facts=RunFacts("d" * 64, 4, ("node1", "node2")))
+    deliver(config, run_dir)
+    tags = only_run(client_of(database)).data.tags
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repo_root, capture_output=True, text=True).stdout.strip()
+    assert tags["mlflow.source.git.commit"] == (git or "unknown")
+    assert (tags["dataset_id"], tags["world_size"], tags["hostnames"]) == ("d" * 64, "4", "node1 node2")
+    assert tags["batch_norm"].startswith("unsynchronised")
+    assert tags["restarts"] == "0" and "pytest" in tags["command"]
+
+
+def test_pictures_become_artifacts(database, run_dir):
+    config = make_config(run_dir)
+    tracker = open_tracker(off(config), FACTS, is_main=True)
+    picture = run_dir / "samples" / "step-00000010.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"not really a picture")
+    tracker.log_image(10, picture)
+    tracker.log_image(10, picture)
+    tracker.close("FINISHED")
+    deliver(config, run_dir)
+    client = client_of(database)
+    run = only_run(client)
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "samples")] == ["samples/step-00000010.png"]
+    stored = database.parent / "mlartifacts" / run.info.run_id / "artifacts" / "samples" / "step-00000010.png"
+    assert stored.read_bytes() == b"not really a picture"
+    assert len(read_records(run_dir / "journals" / "files-samples.jsonl")[0]) == 1
+
+
+def test_a_broken_artifact_store_holds_up_no_numbers(database, run_dir):
+    config = make_config(run_dir, artifact_location="file:///proc/nobody/writes/here")
+    train(config, range(1, 4))
+    picture = run_dir / "grid.png"
+    picture.touch()
+    with Journal(run_dir / "journals" / "files-samples.jsonl") as journal:
+        journal.log(1, files={"grid.png": "samples"})
+    with pytest.raises(OSError):
+        deliver(config, run_dir)
+    assert stored_points(database) == expected_points(range(1, 4))
+    assert count_unsent(run_dir) == (0, 1)
+
+
+def test_a_removed_picture_is_told_and_left_out(database, run_dir, capfd):
+    config = make_config(run_dir)
+    train(config, [1])
+    with Journal(run_dir / "journals" / "files-samples.jsonl") as journal:
+        journal.log(1, files={"samples/gone.png": "samples"})
+    deliver(config, run_dir)
+    assert "gone.png was removed before it could be sent" in capfd.readouterr().err
+    assert count_unsent(run_dir) == (0, 0)
+
+
+def test_evaluation_joins_the_finished_run_at_the_training_step_once(database, run_dir, capfd):
+    config = make_config(run_dir)
+    train(config, range(1, 4))
+    deliver(config, run_dir)
+    result = run_dir / "result.json"
+    result.write_text("{}")
+    log_evaluation(off(config), run_dir, 2, {"eval/fid": 12.5}, [result], {"evaluation.features": "inception"})
+    log_evaluation(off(config), run_dir, 2, {"eval/fid": 12.5, "eval/kid_mean": 0.5}, [result])
+    assert capfd.readouterr().err == ""
+    log_evaluation(off(config), run_dir, 2, {"eval/fid": 13.5})
+    assert "eval/fid of step 2 is on record as 12.5; 13.5 is not added" in capfd.readouterr().err
+    deliver(config, run_dir)
+    client = client_of(database)
+    run = only_run(client)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["evaluation.features"] == "inception"
+    scores = [point for point in stored_points(database) if point[0].startswith("eval/")]
+    assert scores == [("eval/fid", 2, 12.5), ("eval/kid_mean", 2, 0.5)]
+    (file,) = client.list_artifacts(run.info.run_id, "evaluation/step-00000002")
+    assert file.path.endswith("result.json")
+
+
+def test_evaluation_of_a_training_that_is_under_way_elsewhere(database, run_dir):
+    config = make_config(run_dir)
+    tracker = open_tracker(off(config), FACTS, is_main=True)
+    tracker.log_metrics(1, {"train/d_loss": 1.0, "train/g_loss": -1.0})
+    trainers_sender = Sender(tracking._destination(config.tracking, run_dir))
+    trainers_sender.deliver()
+    log_evaluation(off(config), run_dir, 1, {"eval/fid": 12.5})
+    deliver(config, run_dir)
+    trainers_sender.deliver()  # knows nothing of the other's notes
+    tracker.log_metrics(2, {"train/d_loss": 0.5, "train/g_loss": -2.0})
+    trainers_sender.deliver()
+    deliver(config, run_dir)
+    tracker.close("FINISHED")
+    assert stored_points(database) == [("eval/fid", 1, 12.5), *expected_points([1, 2])]
+    assert only_run(client_of(database)).info.status == "RUNNING"
+
+
+def test_nan_is_nan_and_infinity_is_noted(database, run_dir):
+    config = make_config(run_dir)
+    tracker = open_tracker(off(config), FACTS, is_main=True)
+    tracker.log_metrics(1, {"train/d_loss": math.nan, "train/g_loss": math.inf})
+    tracker.close("FAILED")
+    deliver(config, run_dir)
+    deliver(config, run_dir)
+    client = client_of(database)
+    run = only_run(client)
+    (nan,) = client.get_metric_history(run.info.run_id, "train/d_loss")
+    (infinite,) = client.get_metric_history(run.info.run_id, "train/g_loss")
+    assert math.isnan(nan.value)
+    assert infinite.value == sys.float_info.max
+    assert run.data.tags["infinite.train/g_loss"] == "inf at step 1; shown as 1.8e308"
+
+
+def test_another_store_gets_the_whole_run(database, empty_database, run_dir, tmp_path):
+    train(make_config(run_dir), range(1, 4))
+    deliver(make_config(run_dir), run_dir)
+    other = Path(shutil.copy(empty_database, tmp_path / "other.db"))
+    moved = make_config(run_dir, uri=f"sqlite:///{other}")
+    train(moved, range(4, 6))
+    deliver(moved, run_dir)
+    assert stored_points(other) == expected_points(range(1, 6))
+    assert only_run(client_of(other)).data.params["train.steps"] == "100"
+    assert stored_points(database) == expected_points(range(1, 4))
+
+
+def test_run_directories_may_be_moved_with_their_store(database, run_dir, tmp_path):
+    train(make_config(run_dir), range(1, 4))
+    deliver(make_config(run_dir), run_dir)
+    moved = tmp_path / "elsewhere"
+    database.parent.rename(moved)
+    config = make_config(moved / "run1")
+    train(config, range(4, 6))
+    deliver(config, moved / "run1")
+    only_run(client_of(moved / "mlflow.db"))
+    assert stored_points(moved / "mlflow.db") == expected_points(range(1, 6))
+
+
+def test_the_address_is_chosen_in_order_and_passwords_stay_out(tmp_path, monkeypatch, capfd):
+    run_dir = tmp_path / "runs" / "run1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment")
+    config = make_config(run_dir, uri="postgresql://me:secret@host/db")
+    assert tracking._choose_uri(config.tracking, run_dir) == ("postgresql://me:secret@host/db", "tracking.uri")
+    other = make_config(run_dir)
+    assert tracking._choose_uri(other.tracking, run_dir) == ("http://from-environment", "MLFLOW_TRACKING_URI")
+    run_dir.mkdir(parents=True)
+    state = {"store": "http://before", "experiment": "sagan", "run_key": "k"}
+    (run_dir / "mlflow_run.json").write_text(json.dumps(state))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking._choose_uri(other.tracking, run_dir)[0] == "http://before"
+    (run_dir / "mlflow_run.json").unlink()
+    assert tracking._destination(other.tracking, run_dir).uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "tracking.uri=postgresql://me:secret@host/db"])
+    train(config, [1])
+    tracking._introduce(config.tracking, run_dir, FACTS)
+    assert "postgresql://***@host/db (tracking.uri)" in capfd.readouterr().err
+    assert "secret" not in (run_dir / "journal.jsonl").read_text()
+
+
+def test_several_machines_on_a_sqlite_file_are_warned(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "runs" / "run1"
+    for uri, warned in ((None, True), ("sqlite:////disk/mlflow.db", True), ("http://server:5000", False)):
+        tracking._introduce(make_config(run_dir, uri=uri).tracking, run_dir, RunFacts("d", 16, ("node1", "node2")))
+        assert ("sqlite on a network disk" in capfd.readouterr().err) == warned
+
+
+def test_an_address_without_a_scheme_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"tracking\.uri must be an address such as .* got 'localhost:5000'"):
+        make_config(tmp_path / "run1", uri="localhost:5000")
+
+
+def test_other_ranks_tell_nobody(tmp_path):
+    tracker = open_tracker(make_config(tmp_path / "run1"), FACTS, is_main=False)
+    tracker.log_metrics(1, {"train/d_loss": 1.0})
+    tracker.log_image(1, tmp_path / "a.png")
+    tracker.close("FINISHED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_trainer_never_imports_mlflow():
+    code = "import sys, pipeline.tracking; assert not {'mlflow', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# A training that only tells: argv = run directory, tracking values as JSON, first step, last step, seconds per step.
+TRAINING = """
+import json, sys, time
+from pathlib import Path
+from pipeline.config import config_from_dict
+from pipeline.tracking import RunFacts, open_tracker
+run_dir, values, first, last, pause = Path(sys.argv[1]), json.loads(sys.argv[2]), *map(float, sys.argv[3:])
+config = config_from_dict({
+    "run": {"name": run_dir.name, "dir": str(run_dir.parent)}, "data": {"shards": "shards"},
+    "model": {"resolution": 16, "num_classes": 3, "attention_resolution": 8},
+    "train": {"steps": 100, "global_batch_size": 4}, "tracking": values,
+}, "test")
+tracker = open_tracker(config, RunFacts("d" * 64, 2, ("node1",)), is_main=True)
+slowest = 0.0
+for step in range(int(first), int(last) + 1):
+    started = time.perf_counter()
+    tracker.log_metrics(step, {"train/d_loss": 1 / step, "train/g_loss": -1.0 * step})
+    slowest = max(slowest, time.perf_counter() - started)
+    time.sleep(pause)
+tracker.close("FINISHED")
+print("slowest log_metrics", slowest)
+"""
+
+
+def start_training(run_dir, values, first, last, pause) -> subprocess.Popen:
+    arguments = [str(run_dir), json.dumps(values), str(first), str(last), str(pause)]
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINING, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def sender_of(training: subprocess.Popen):
+    import psutil
+
+    children = psutil.Process(training.pid).children()
+    return next((child for child in children if "pipeline.mlflow_sender" in child.cmdline()), None)
+
+
+def wait_until(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_each_point_is_there_once_after_sigkills(database, run_dir):
+    """Kills trainings and senders at random moments; each resume repeats steps, as after a checkpoint."""
+    rng = random.Random(0)
+    last = 4000
+    for attempt in range(3):
+        written = count_lines(run_dir)
+        training = start_training(run_dir, {}, max(1, written - 20), last, 0.002)
+        sender = None
+        wait_until(lambda training=training, written=written: count_lines(run_dir) > written + 200)
+        time.sleep(rng.uniform(0, 12))
+        if attempt != 1:  # the second time the sender outlives its training and finishes beside the next one
+            sender = sender_of(training)
+        training.kill()
+        if sender is not None:
+            sender.kill()
+        training.communicate()
+    training = start_training(run_dir, {}, max(1, count_lines(run_dir) - 20), last, 0.0)
+    _, errors = training.communicate(timeout=200)
+    assert training.returncode == 0 and "not sent" not in errors, errors
+    wait_until(lambda: only_run(client_of(database)).info.status == "FINISHED")
+    assert stored_points(database) == expected_points(range(1, last + 1))
+    assert only_run(client_of(database)).data.tags["restarts"] == "3"
+
+
+def count_lines(run_dir: Path) -> int:
+    journal = run_dir / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def test_a_training_that_dies_without_a_word_has_failed(database, run_dir):
+    training = start_training(run_dir, {}, 1, 100_000, 0.01)
+    wait_until(lambda: count_lines(run_dir) > 20)
+    training.kill()
+    training.communicate()  # until the sender, which holds the pipes too, has ended
+    assert only_run(client_of(database)).info.status == "FAILED"
+    assert stored_points(database) == expected_points(range(1, len(stored_points(database)) // 2 + 1))
+    assert count_unsent(run_dir) == (0, 0)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def mlflow_server(database: Path, port: int):
+    command = [Path(sys.executable).parent / "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{database}"]
+    command += ["--artifacts-destination", str(database.parent / "served")]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(
+        command,
+        env=os.environ | quiet,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a group of its own, to be killed with its workers
+    )
+
+    def answers() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(answers, 200)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_that_is_away_at_first_and_again_later_gets_every_point_once(database, run_dir):
+    port = free_port()
+    values = {"uri": f"http://127.0.0.1:{port}"}
+    training = start_training(run_dir, values, 1, 1_000_000, 0.01)
+    wait_until(lambda: count_lines(run_dir) > 100)  # trains on without a server
+    with mlflow_server(database, port):
+        wait_until(lambda: len(stored_points(database)) > 200)
+    before = count_lines(run_dir)
+    wait_until(lambda: count_lines(run_dir) > before + 500)  # and trains on when it is killed
+    with mlflow_server(database, port):
+        wait_until(lambda: max(step for _, step, _ in stored_points(database)) > before + 500, 200)
+        sender = sender_of(training)
+        training.kill()
+        sender.kill()
+        errors = training.communicate()[1]
+    assert f"cannot reach http://127.0.0.1:{port}: [Errno 111] Connection refused" in errors
+    assert errors.count("cannot reach") <= 3 and errors.count("answers again") == 2
+
+    # At close nobody answers: what remains is said, and the next evaluation sends it.
+    last = count_lines(run_dir) + 10
+    training = start_training(run_dir, values, last - 100, last, 0.0)
+    output, errors = training.communicate(timeout=200)
+    assert "points and 0 files are not sent yet; the next start or evaluation sends them" in errors
+    assert float(output.split()[-1]) < 5  # no step waited for the server
+    config = make_config(run_dir, **values)
+    started = time.monotonic()
+    log_evaluation(config, run_dir, 50, {"eval/fid": 12.5})
+    assert time.monotonic() - started < 70
+    picture = run_dir / "result.json"
+    picture.write_text("{}")
+    with mlflow_server(database, port):
+        log_evaluation(config, run_dir, 60, {"eval/fid": 11.5}, [picture])
+        assert count_unsent(run_dir) == (0, 0)
+    assert stored_points(database) == sorted(
+        [("eval/fid", 50, 12.5), ("eval/fid", 60, 11.5), *expected_points(range(1, last + 1))]
+    )
+    assert only_run(client_of(database)).info.status == "FINISHED"
+    assert len(list((database.parent / "served").rglob("evaluation/step-00000060/result.json"))) == 1

@@ -1,0 +1,267 @@
+"""Training runs of a tiny model in this process: resume, stop, damage, non-finite numbers."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import checkpoint
+from pipeline.backend import Player
+from pipeline.checkpoint import CheckpointError
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.health import NonFiniteError
+from pipeline.manifest import ShardSetError
+from pipeline.trainer import Trainer, train
+
+YAML = """
+run: {{name: tiny, dir: {directory}}}
+data: {{shards: {shards}, num_workers: 0}}
+model: {{resolution: 16, num_classes: 3, attention_resolution: 8, g_channels: 2, d_channels: 4, z_dim: 8}}
+train: {{steps: 6, global_batch_size: 12, log_every_steps: 2, checkpoint_every_steps: 2, sample_every_steps: 6}}
+ema: {{decay: 0.9, start_step: 2}}
+tracking: {{enabled: false}}
+"""
+
+
+@pytest.fixture
+def configure(tmp_path, tiny_shards):
+    (tmp_path / "config.yaml").write_text(YAML.format(directory=tmp_path, shards=tiny_shards))
+
+    def with_overrides(*overrides: str) -> Config:
+        return load_config(tmp_path / "config.yaml", overrides)
+
+    return with_overrides
+
+
+def last_checkpoint(config: Config) -> checkpoint.Checkpoint:
+    path, problems = checkpoint.newest(config.run_dir)
+    assert path is not None
+    assert problems == []
+    return checkpoint.load(path)
+
+
+def assert_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> None:
+    """Every parameter, buffer and moment, bit for bit."""
+    assert checkpoint.digests(one.networks) == checkpoint.digests(other.networks)
+    for name, optimizer in one.optimizers.items():
+        for index, moments in optimizer["state"].items():
+            for key, value in moments.items():
+                assert torch.equal(value, other.optimizers[name]["state"][index][key]), (name, index, key)
+
+
+def test_a_run_leaves_checkpoints_samples_a_journal_and_done(configure, capsys):
+    config = configure()
+    train(config)
+    assert [path.name for path in checkpoint.published(config.run_dir)] == [
+        "step-00000002", "step-00000004", "step-00000006"
+    ]  # fmt: skip
+    assert (config.run_dir / "DONE").read_text() == "6\n"
+    with Image.open(config.run_dir / "samples" / "step-00000006.png") as grid:
+        assert grid.size == (8 * 16, 3 * 16), "8 columns, a row per class"
+    state = last_checkpoint(config).state
+    assert (state.step, state.images_seen, state.next_batch_number) == (6, 72, 6)
+    said = capsys.readouterr()
+    assert re.search(r"data +\S+ \S+, 90 images, 16 px, webp", said.out)
+    assert "3, 30 to 30 images each" in said.out
+    assert "12 images = 1 micro-batch(es) x 1 process(es) x 12" in said.out
+    assert re.search(r"step 6/6 \| D \S+ G \S+ .* images/s, data wait", said.err)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(configure):
+    whole, parts = configure("run.name=whole"), configure("run.name=parts")
+    train(whole)
+    train(configure("run.name=parts", "train.steps=4"))
+    train(parts)
+    assert_same(last_checkpoint(whole), last_checkpoint(parts))
+
+
+def test_a_finished_run_says_so_and_an_extended_one_goes_on(configure, capsys):
+    train(configure("train.steps=2"))
+    train(configure("train.steps=2"))
+    assert "step 2 of 2 is done; raise train.steps to go on" in capsys.readouterr().err
+    train(configure("train.steps=4"))
+    assert last_checkpoint(configure()).state.step == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_and_the_same_command_goes_on(configure, monkeypatch, capsys, number):
+    whole, stopped = configure("run.name=whole"), configure("run.name=stopped")
+    train(whole)
+    one_step = Trainer._one_step
+
+    def signalled(self, batches):
+        one_step(self, batches)
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_one_step", signalled)
+    train(stopped)
+    monkeypatch.undo()
+    # The vote on stopping travels while a step runs, so the stop comes one step later, on every rank alike.
+    assert last_checkpoint(stopped).state.step == 4
+    assert f"stopped by {signal.Signals(number).name} at step 4" in capsys.readouterr().err
+    assert not (stopped.run_dir / "DONE").exists()
+    train(stopped)
+    assert_same(last_checkpoint(whole), last_checkpoint(stopped))
+
+
+def test_changed_hyperparameters_are_listed_and_refused_unless_accepted(configure):
+    train(configure("train.steps=2"))
+    with pytest.raises(ConfigError) as error:
+        train(configure("optimizer.lr_g=0.5", "ema.decay=0.5"))
+    assert "ema.decay: 0.9 -> 0.5\n  optimizer.lr_g: 0.0001 -> 0.5" in str(error.value)
+    assert "run.accept_changes=[ema.decay, optimizer.lr_g]" in str(error.value)
+    train(configure("ema.decay=0.5", "run.accept_changes=[ema.decay]", "train.steps=4"))
+    assert last_checkpoint(configure()).state.step == 4
+
+
+def test_another_data_set_is_refused(configure, monkeypatch):
+    train(configure("train.steps=2"))
+    path = checkpoint.published(configure().run_dir)[-1]
+    found = checkpoint.load(path)
+    monkeypatch.setattr(checkpoint, "load", lambda _: found)
+    object.__setattr__(found.state, "dataset_id", "0" * 64)
+    with pytest.raises(ConfigError, match="was trained on data set 000000000000"):
+        train(configure())
+
+
+def test_a_checkpoint_cut_in_half_is_named_and_the_one_before_is_taken(configure, capsys):
+    whole, cut = configure("run.name=whole"), configure("run.name=cut")
+    train(whole)
+    train(configure("run.name=cut", "train.steps=4"))
+    victim = cut.run_dir / "checkpoints" / "step-00000004" / "generator.safetensors"
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    train(cut)
+    said = capsys.readouterr().err
+    assert "step-00000004 is damaged (generator.safetensors" in said
+    assert "resumed from" in said
+    assert "step-00000002" in said
+    assert_same(last_checkpoint(whole), last_checkpoint(cut))
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_in_place(configure, monkeypatch):
+    config = configure()
+    save = checkpoint.safetensors.torch.save_file
+
+    def full_from_step_4(tensors, path):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full_from_step_4)
+    with pytest.raises(CheckpointError, match=r"step-00000004 could not be saved: the disk is full"):
+        train(config)
+    monkeypatch.undo()
+    assert last_checkpoint(config).state.step == 2
+    train(config)
+    assert last_checkpoint(config).state.step == 6
+
+
+def poison(monkeypatch, step: int, network: str, times: int) -> None:
+    """Makes a gradient of one update NaN, `times` times over."""
+    update, left = Player.update, [times]
+
+    def poisoned(self, at_step, loss):
+        if self.name == network and at_step == step and left[0]:
+            left[0] -= 1
+            next(self.module.parameters()).grad[0] = float("nan")
+        return update(self, at_step, loss)
+
+    monkeypatch.setattr(Player, "update", poisoned)
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_a_passing_fault_is_rolled_back_and_leaves_no_trace(configure, monkeypatch, capsys, network):
+    whole, struck = configure("run.name=whole"), configure("run.name=struck")
+    train(whole)
+    poison(monkeypatch, 3, network, times=1)
+    train(struck)
+    said = capsys.readouterr().err
+    assert re.search(rf"{network} went non-finite at step 3: gradient of \S+; rolled back to \S+step-00000002", said)
+    assert_same(last_checkpoint(whole), last_checkpoint(struck))
+
+
+def test_a_fault_that_comes_back_stops_the_run(configure, monkeypatch):
+    poison(monkeypatch, 3, "discriminator", times=99)
+    with pytest.raises(NonFiniteError, match=r"discriminator went non-finite at step 3.*after 2 rollback"):
+        train(configure("health.max_rollbacks=2"))
+    assert last_checkpoint(configure()).state.step == 2, "nothing non-finite was saved"
+
+
+def test_rollback_can_be_switched_off(configure, monkeypatch):
+    poison(monkeypatch, 3, "generator", times=1)
+    with pytest.raises(NonFiniteError, match=r"health\.on_non_finite=stop"):
+        train(configure("health.on_non_finite=stop"))
+
+
+@pytest.mark.parametrize("fault", ["flipped byte", "missing shard"])
+def test_damaged_data_ends_the_run_with_the_name_of_the_shard(configure, tmp_path, tiny_shards, fault):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_shards, broken)
+    victim = broken / "shard-000001.tar"
+    if fault == "missing shard":
+        victim.unlink()
+    else:
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    with pytest.raises(ShardSetError, match=r"shard-000001\.tar"):
+        train(configure(f"data.shards={broken}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.num_classes=4", "model.num_classes is 4, but data.shards=.* has 3 classes"),
+        ("model.resolution=32", "holds images of 16 px; build shards with --size 32"),
+        ("train.global_batch_size=128", "holds 90 images; use a smaller batch"),
+        ("data.shards=nowhere", "nowhere"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_said_before_anything_is_built(configure, override, expected):
+    with pytest.raises((ConfigError, ShardSetError), match=expected):
+        train(configure(override))
+    assert not configure().run_dir.exists()
+
+
+def test_bf16_autocast_trains_and_keeps_float32_weights(configure):
+    config = configure("train.precision=bf16", "train.steps=2")
+    train(config)
+    assert {tensor.dtype for tensor in last_checkpoint(config).networks["ema"].values()} <= {torch.float32, torch.int64}
+
+
+def test_an_unconditional_model_trains_on_the_same_pipeline(configure, tmp_path):
+    from pipeline import shards, sources
+
+    flat = tmp_path / "faces"
+    flat.mkdir()
+    for number in range(16):
+        Image.new("RGB", (16, 16), (number * 10, 40, 200 - number)).save(flat / f"{number:02d}.png")
+    (tmp_path / "set").mkdir()
+    shards.build(shards.plan(sources.list_source(flat), image_size=16), tmp_path / "set")
+    config = configure(f"data.shards={tmp_path / 'set'}", "model.num_classes=0", "train.steps=2")
+    train(config)
+    assert last_checkpoint(config).state.step == 2
+
+
+def test_batches_that_the_processes_cannot_share_are_refused(configure, tiny_shards):
+    from pipeline.manifest import open_shard_set
+    from pipeline.summary import check_data
+
+    shard_set = open_shard_set(str(tiny_shards))
+    check_data(configure(), shard_set, world_size=4)
+    with pytest.raises(ConfigError, match=r"12 images cannot be dealt to 5 processes.*\[1, 2, 3, 4, 6, 12\]"):
+        check_data(configure(), shard_set, world_size=5)
+
+
+def test_the_directory_of_a_run_holds_its_resolved_configuration(configure):
+    config = configure("train.steps=2")
+    train(config)
+    assert load_config(Path(config.run_dir) / "config.yaml") == config

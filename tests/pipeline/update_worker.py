@@ -1,0 +1,58 @@
+"""Program of test_updates.py: five updates of a tiny float64 SAGAN, and what rank 0 saw of them, in a file.
+
+Usage: update_worker.py CONFIG OUT [override ...] [--noise-by-rank]. Run by torch.distributed.run or by itself.
+"""
+
+import sys
+
+import torch
+
+from pipeline import trainer as trainer_module
+from pipeline.backend import Player, World
+from pipeline.config import load_config
+from pipeline.manifest import open_shard_set
+from pipeline.noise import draw_z
+from pipeline.trainer import Trainer
+
+
+def main() -> None:
+    config_path, out, *rest = sys.argv[1:]
+    config = load_config(config_path, [item for item in rest if item != "--noise-by-rank"])
+    world = World("cpu")
+    seen: dict[str, list] = {"gradients": [], "losses": [], "sample_ids": [], "z": []}
+
+    def recording_update(self: Player, step: int, loss: torch.Tensor) -> torch.Tensor:
+        seen["gradients"].append({name: p.grad.clone() for name, p in self.module.named_parameters()})
+        seen["losses"].append(sum(world.gather(float(loss))) / world.size)
+        return update(self, step, loss)
+
+    def recording_draw(self: Trainer, *purpose) -> list:
+        noises = draw(self, *purpose)
+        # Rows of the global micro-batches again, from every rank's part.
+        parts = zip(*world.gather([noise.z for noise in noises]), strict=True)
+        seen["z"].append(torch.cat([torch.cat(micro_batch) for micro_batch in parts]))
+        return noises
+
+    update, draw = Player.update, Trainer._draw
+    Player.update, Trainer._draw = recording_update, recording_draw
+    if "--noise-by-rank" in rest:
+        trainer_module.draw_z = lambda seed, *purpose: draw_z(seed + world.rank, *purpose)
+    trainer = Trainer(config, world, open_shard_set(config.data.shards))
+    batches = trainer.loader.batches(0)
+    for _ in range(5):
+        trainer._one_step(recorded(batches, seen, world, config.train.accumulation_steps))
+    if world.is_main:
+        seen["networks"] = trainer._networks()
+        torch.save(seen, out)
+    world.shutdown()
+
+
+def recorded(batches, seen, world, accumulation_steps):
+    for batch in batches:
+        parts = zip(*world.gather(batch.sample_ids.chunk(accumulation_steps)), strict=True)
+        seen["sample_ids"].append(torch.cat([torch.cat(micro_batch) for micro_batch in parts]))
+        yield batch
+
+
+if __name__ == "__main__":
+    main()
