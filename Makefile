@@ -42,6 +42,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+RUNS ?= runs
+PORT ?= 5000
+ui: setup
+	@test -f $(RUNS)/mlflow.db || { echo "error: no $(RUNS)/mlflow.db here yet; train something (make demo) or name the directory of the runs: make ui RUNS=DIR"; exit 1; }
+	@echo "MLflow will be at http://127.0.0.1:$(PORT) in a few seconds; Ctrl-C ends it"
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --port $(PORT) \
+		--backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db --artifacts-destination $(abspath $(RUNS))/mlartifacts
+
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-emit-index-url --no-header \
 		pyproject.toml --output-file requirements.lock

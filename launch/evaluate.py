@@ -44,12 +44,13 @@ def main() -> int:
     # Imported late, so that --help and a mistyped key answer at once.
     from pipeline import evaluation
     from pipeline.backend import WorldSizeError
+    from pipeline.features import EvaluationError
     from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
 
     try:
         evaluation.evaluate(arguments.run_dir, config)
-    except (ConfigError, evaluation.EvaluationError, ShardSetError, WorldSizeError, JournalError) as error:
+    except (ConfigError, EvaluationError, ShardSetError, WorldSizeError, JournalError) as error:
         return report(error)
     return 0
 

@@ -52,7 +52,7 @@ class Blocks:
         block_of = np.searchsorted(index.block_first_sample, sample_ids, side="right") - 1
         blocks = np.unique(block_of)
         for block in np.roll(blocks, -int(share * len(blocks))).tolist():
-            if self._verified_in_epoch[block] != epoch:
+            if self._verified_in_epoch[block] < epoch:
                 counts += self._verify(block)
                 self._verified_in_epoch[block] = epoch
             rows = np.flatnonzero(block_of == block)

@@ -129,9 +129,7 @@ class TrackingConfig:
     enabled: bool = True  # false: the journal alone; a later start or evaluation with true sends all of it
     uri: str | None = None  # MLflow server or database; null: MLFLOW_TRACKING_URI, else run.dir/mlflow.db
     experiment: Annotated[str, Field(min_length=1)] = "sagan"
-    artifact_location: str | None = (
-        None  # of a new experiment, such as s3://BUCKET/PREFIX; null: run.dir, or the server
-    )
+    artifact_location: str | None = None  # of a new experiment: s3://BUCKET/PREFIX; null: run.dir, or the server's
 
     def __post_init__(self) -> None:
         if self.uri is not None and self.uri != "databricks" and "://" not in self.uri:

@@ -53,6 +53,7 @@ class Subject:
     checkpoint: Path
     step: int
     dataset_id: str  # that it was trained on
+    checkpoint_sha256: str  # of its manifest, which holds the hashes of all its files
     ema_sha256: str  # of ema.safetensors
     ema: dict[str, Tensor]
 
@@ -141,9 +142,9 @@ def find_subject(run_dir: Path, config: Config) -> Subject:
     if changed := changed_hyperparameters(state["config"], config):
         lines = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(f"{path} was made with another configuration than {run_dir / 'config.yaml'} says:\n{lines}")
-    data = (path / "ema.safetensors").read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Subject(path, state["step"], state["dataset_id"], sha256, safetensors.torch.load(data))
+    manifest, ema = (path / "manifest.json").read_bytes(), (path / "ema.safetensors").read_bytes()
+    hashes = hashlib.sha256(manifest).hexdigest(), hashlib.sha256(ema).hexdigest()
+    return Subject(path, state["step"], state["dataset_id"], *hashes, safetensors.torch.load(ema))
 
 
 def _check_reference_set(subject: Subject, config: Config, shard_set: ShardSet) -> None:
@@ -307,6 +308,7 @@ def _provenance(subject: Subject, reference_path: Path, world: World, seconds: f
     cuda = world.device.type == "cuda"
     return {
         "checkpoint": str(subject.checkpoint),
+        "checkpoint_sha256": subject.checkpoint_sha256,
         "ema_sha256": subject.ema_sha256,
         "reference_file": str(reference_path),
         "reference_sha256": hashlib.sha256(reference_path.read_bytes()).hexdigest(),

@@ -134,12 +134,14 @@ def inception(weights: Weights, device: torch.device) -> Extractor:
     layers = ["2048", "logits_unbiased"]
     try:
         network = create_feature_extractor(
-            "inception-v3-compat", layers, cuda=False, feature_extractor_weights_path=file
+            "inception-v3-compat", layers, cuda=False, verbose=False, feature_extractor_weights_path=file
         )
     except RuntimeError as error:
         raise EvaluationError(f"{weights.path} holds the weights of another network: {error}") from error
     kind: Kind = "official" if weights.official else "unofficial"
-    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network.to(device))
+    # On a CPU channels_last takes two thirds of the time; features change by less than 1e-6 of their norm.
+    network = network.to(device, memory_format=torch.channels_last)
+    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network)
 
 
 def random_features(device: torch.device) -> Extractor:
@@ -151,15 +153,15 @@ def random_features(device: torch.device) -> Extractor:
 
 
 class RandomFeatures(nn.Module):
-    """Three strided convolutions on 32x32 pixels, with fixed random weights; features are a 2x2 map of 64 channels."""
+    """Three strided convolutions on 32x32 pixels, with fixed random weights; features are a 2x2 map of 16 channels."""
 
-    num_features = 256
+    num_features = 64
     num_logits = 10
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(20240601)
-        widths = [(3, 32), (32, 64), (64, 64)]
+        widths = [(3, 32), (32, 64), (64, 16)]
         # Normal weights of variance 2 / fan-in keep the scale of the activations through ReLUs (arXiv 1502.01852).
         for index, (width_in, width) in enumerate(widths):
             weight = torch.randn(width, width_in, 3, 3, generator=generator) * (2 / (9 * width_in)) ** 0.5
@@ -168,7 +170,7 @@ class RandomFeatures(nn.Module):
         self.register_buffer("linear", weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps images (N, 3, H, W) uint8 to features (N, 256) and logits (N, 10)."""
+        """Maps images (N, 3, H, W) uint8 to features (N, 64) and logits (N, 10)."""
         x = F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32)
         for index in range(3):
             x = F.relu(F.conv2d(x, self.get_buffer(f"convolution{index}"), stride=2, padding=1))

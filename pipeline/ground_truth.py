@@ -93,7 +93,7 @@ def _from_devkit(ids: bytes, meta: bytes, files: Sequence[str], truth: Path) -> 
 
     Same reading as torchvision.datasets.imagenet.parse_devkit_archive.
     """
-    import scipy.io  # type: ignore[import-untyped]  # slow to import, and only a devkit needs it
+    import scipy.io  # slow to import, and only a devkit needs it
 
     synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
     leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]

@@ -1,7 +1,6 @@
 """Watches that training stays finite and moving, without asking the device more than once per log interval."""
 
 import faulthandler
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +78,7 @@ class FiniteWatch:
 
 def arm_stall_watch(seconds: float) -> None:
     """Prints every thread's stack to stderr and ends this process unless called again within `seconds`."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr.fileno())
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # 2: stderr, whatever sys.stderr is now
 
 
 def disarm_stall_watch() -> None:

@@ -125,7 +125,11 @@ class Sender:
         while not ended:
             ended = _input_ends_within(min(wait, _POLL_SECONDS))
             if sampler is not None and not ended:
-                sampler.sample()
+                try:
+                    sampler.sample()
+                except Exception as error:  # a machine that hides its counters; the points matter more
+                    _say(f"tracking: no system metrics: {_reason(error)}")
+                    sampler = None
             if ended or time.monotonic() >= next_attempt:
                 arrived = self._attempt()
                 wait = _POLL_SECONDS if arrived else min(max(2 * wait, _POLL_SECONDS), _LONGEST_WAIT_SECONDS)
@@ -142,10 +146,12 @@ class Sender:
         try:
             points = self.deliver()
         except Exception as error:  # whatever MLflow, its database or its network come up with: training goes on
-            problem = f"tracking: cannot reach {self._destination.store}: {_reason(error)}"
+            problem = f"tracking: cannot send to {self._destination.store}: {_reason(error)}"
             if problem not in self._told:
                 self._told.add(problem)
                 _say(f"{problem}; going on without, {self._run_dir}/journal.jsonl keeps what is to be sent")
+                if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+                    _say(f"tracking: remove {self._run_dir}/mlflow_run.json to send everything to a new MLflow run")
             return False
         if self._told:
             self._told.clear()
@@ -320,7 +326,6 @@ def main() -> None:
         destination = Destination(**json.loads(standard_input.readline()))
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.nice(5)
     Sender(destination).run()
 
 

@@ -17,15 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline import images, loader
+from pipeline import images
 from pipeline.backend import World
 from pipeline.bar import Bar
-from pipeline.blocks import Blocks
 from pipeline.config import Config
 from pipeline.features import EvaluationError, Extractor, Float64
-from pipeline.manifest import ShardSet, ShardSetError
+from pipeline.in_order import read_in_order
+from pipeline.manifest import ShardSet
 from pipeline.shard_file import write_file
 
 FORMAT = 1
@@ -142,7 +141,7 @@ def read(path: Path, protocol: dict[str, Any]) -> Statistics:
     """
     way_out = f"remove {path}, and it will be computed again"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             found = Statistics(int(file["n"]), file["mu"], file["sigma"])
             made_by = json.loads(str(file["protocol_json"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -173,11 +172,10 @@ def compute(shard_set: ShardSet, extractor: Extractor, config: Config, world: Wo
     # Fixed batches, so that features do not depend on the world size; contiguous shares, so that ranks share no block.
     starts = range(0, num_samples, size)
     mine = starts[len(starts) * world.rank // world.size : len(starts) * (world.rank + 1) // world.size]
-    sample_ids = [range(start, min(start + size, num_samples)) for start in mine]
-    batches = _Batches(shard_set, sample_ids, config.model.resolution)
+    batches = [range(start, min(start + size, num_samples)) for start in mine]
     moments = Moments(extractor.num_features, world.device)
     with progress(world, num_samples, "reference statistics") as advance:
-        for pixels in _in_order(batches, config.data.num_workers):
+        for pixels in read_in_order(shard_set, config.model.resolution, batches, config.data.num_workers):
             moments.add(extractor(pixels.to(world.device))[0])
             advance(len(pixels))
     statistics = moments.reduce(world)
@@ -213,38 +211,3 @@ def progress(world: World, total: int, what: str) -> Iterator[Callable[[int], No
                 bar.update(min(count * world.size, total - bar.n))
 
         yield advance
-
-
-class _Batches(Dataset["Tensor | ShardSetError"]):
-    """Item k is batch k, (n, 3, H, W) uint8; or why it cannot be had: raised in a worker, it would lose its message."""
-
-    def __init__(self, shard_set: ShardSet, sample_ids: list[range], image_size: int) -> None:
-        self._blocks = Blocks(shard_set)
-        self._encoding = shard_set.manifest.encoding
-        self._sample_ids, self._image_size = sample_ids, image_size
-
-    def __len__(self) -> int:
-        return len(self._sample_ids)
-
-    def __getitem__(self, number: int) -> "Tensor | ShardSetError":
-        sample_ids = np.array(self._sample_ids[number])
-        try:
-            encoded, _ = self._blocks.read(sample_ids, epoch=0)
-            pixels = [loader._decode(data, self._encoding, self._image_size) for data in encoded]
-        except ShardSetError as error:
-            return error
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-
-
-def _in_order(batches: _Batches, num_workers: int) -> Iterator[Tensor]:
-    prepared = DataLoader(
-        batches,
-        batch_size=None,  # an item is a batch
-        num_workers=num_workers,
-        multiprocessing_context="forkserver" if num_workers else None,
-        generator=torch.Generator(),  # else it draws from the global one
-    )
-    for item in prepared:
-        if isinstance(item, ShardSetError):
-            raise item
-        yield item

@@ -27,7 +27,7 @@ from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress
 from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
 from pipeline.summary import check_data, describe, steps_per_epoch
-from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker
+from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
 from sagan import Ema, advance_spectral_norm, attention_gains
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -97,6 +97,8 @@ class Trainer:
         self.progress.advance(self.step)
         if self.step >= self.config.train.steps:
             self.progress.say(f"step {self.step} of {self.config.train.steps} is done; raise train.steps to go on")
+            if self.world.is_main:
+                send_unsent(self.config, self.config.run_dir)
             return
         if self.world.is_main:
             (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))

@@ -55,6 +55,8 @@ class SpectralNorm(nn.Module):
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0, eps=self.eps))
         self.register_buffer("v", F.normalize(torch.randn_like(matrix[0]), dim=0, eps=self.eps))
+        if self.weight.is_meta:
+            return  # shapes only, and operations on them are slow
         for _ in range(_STARTING_ITERATIONS):
             self.power_iteration()
 

@@ -10,8 +10,9 @@ MAY_IMPORT = {"sagan": set(), "pipeline": {"sagan"}, "launch": {"pipeline", "sag
 DOORS = {
     "boto3": {"pipeline/object_store.py"},
     "botocore": {"pipeline/object_store.py"},
-    "mlflow": {"pipeline/tracking.py"},
-    "torch_fidelity": {"pipeline/evaluation.py"},
+    "mlflow": {"pipeline/mlflow_sender.py"},
+    "torch_fidelity": {"pipeline/features.py"},
+    "sklearn": {"pipeline/digits.py"},
     "accelerate": {"pipeline/backend.py"},
     "deepspeed": {"pipeline/backend.py"},
 }

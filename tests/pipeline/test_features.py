@@ -132,7 +132,7 @@ def test_weights_of_another_network_are_refused(config):
 
 
 def test_a_named_file_that_is_missing(tmp_path):
-    with pytest.raises(EvaluationError, match="nowhere[.]pth does not exist"):
+    with pytest.raises(EvaluationError, match=r"nowhere\.pth does not exist"):
         read_weights(EvaluationConfig(inception_weights=str(tmp_path / "nowhere.pth")))
 
 

@@ -303,6 +303,21 @@ def test_a_set_of_another_size_is_refused(raw_set):
         make_loader(raw_set, image_size=16)
 
 
+@pytest.mark.slow
+def test_memory_of_a_worker_stays_bounded(tmp_path):
+    """Batches of 12.6 MB once left holes in the heap that no later batch fitted."""
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 128, 128, 3), dtype=np.uint8)
+    payloads, labels = [image.tobytes() for image in pixels], [sample % NUM_CLASSES for sample in range(512)]
+    shard_set = write_set(tmp_path / "set", payloads, image_size=128, labels=labels, per_shard=512, per_block=78)
+    batches = make_loader(shard_set, batch=256, image_size=128, num_workers=2).batches()
+    for _ in range(120):
+        next(batches)
+    private_bytes = [psutil.Process(worker.pid).memory_full_info().uss for worker in multiprocessing.active_children()]
+    batches.close()
+    assert len(private_bytes) == 2
+    assert max(private_bytes) < 150e6
+
+
 TRAINER = """
 import itertools, multiprocessing, signal, sys
 from pipeline.loader import Loader

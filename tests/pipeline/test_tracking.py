@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -148,11 +149,12 @@ def test_a_kill_between_any_two_messages_loses_and_doubles_nothing(database, tmp
             run_dir = database.parent / f"run-{number}-{after}"
             config = make_config(run_dir)
             train(config, steps)
-            moments = 0
             if number:
+                moments = 0
                 with pytest.raises(Killed):
                     send(run_dir, killed_at(number, after))
-            send(run_dir, lambda function: function) if number else send(run_dir, killed_at(0, after))
+            moments = 0
+            send(run_dir, killed_at(0, after))  # never
             counts.append(moments)
         number += 1
     assert counts[0] >= 10
@@ -324,6 +326,23 @@ def test_nan_is_nan_and_infinity_is_noted(database, run_dir):
     assert run.data.tags["infinite.train/g_loss"] == "inf at step 1; shown as 1.8e308"
 
 
+def test_system_metrics_are_journaled_and_go_on_where_they_ended(database, run_dir):
+    config = make_config(run_dir)
+    train(config, [1])
+    for _ in range(2):  # two processes, one after the other
+        sampler = mlflow_sender._SystemSampler(run_dir)
+        for _ in range(2 * mlflow_sender._SAMPLES_PER_SYSTEM_POINT):
+            sampler.sample()
+        sampler._journal.close()
+    deliver(config, run_dir)
+    client = client_of(database)
+    run_id = only_run(client).info.run_id
+    for name in ("system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"):
+        points = client.get_metric_history(run_id, name)
+        assert [point.step for point in points] == [0, 1, 2, 3]
+        assert all(point.value >= 0 for point in points)
+
+
 def test_another_store_gets_the_whole_run(database, empty_database, run_dir, tmp_path):
     train(make_config(run_dir), range(1, 4))
     deliver(make_config(run_dir), run_dir)
@@ -420,11 +439,21 @@ print("slowest log_metrics", slowest)
 """
 
 
-def start_training(run_dir, values, first, last, pause) -> subprocess.Popen:
-    arguments = [str(run_dir), json.dumps(values), str(first), str(last), str(pause)]
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAINING, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def start_training():
+    """Starts trainings; none outlives the test."""
+    started = []
+
+    def start(run_dir, values, first, last, pause, errors=subprocess.PIPE) -> subprocess.Popen:
+        arguments = [str(run_dir), json.dumps(values), str(first), str(last), str(pause)]
+        command = [sys.executable, "-c", TRAINING, *arguments]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True))
+        return started[-1]
+
+    yield start
+    for training in started:
+        training.kill()
+        training.communicate()
 
 
 def sender_of(training: subprocess.Popen):
@@ -442,7 +471,7 @@ def wait_until(condition, seconds: float = 120.0) -> None:
 
 
 @pytest.mark.slow
-def test_each_point_is_there_once_after_sigkills(database, run_dir):
+def test_each_point_is_there_once_after_sigkills(database, run_dir, start_training):
     """Kills trainings and senders at random moments; each resume repeats steps, as after a checkpoint."""
     rng = random.Random(0)
     last = 4000
@@ -471,14 +500,53 @@ def count_lines(run_dir: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-def test_a_training_that_dies_without_a_word_has_failed(database, run_dir):
+def test_a_training_that_dies_without_a_word_has_failed(database, run_dir, start_training):
     training = start_training(run_dir, {}, 1, 100_000, 0.01)
     wait_until(lambda: count_lines(run_dir) > 20)
+    sender = sender_of(training)
+    wait_until(lambda: ignores(sender.pid, signal.SIGTERM))
+    sender.terminate()  # a scheduler tells every process to end; the last points are still to come
     training.kill()
     training.communicate()  # until the sender, which holds the pipes too, has ended
     assert only_run(client_of(database)).info.status == "FAILED"
-    assert stored_points(database) == expected_points(range(1, len(stored_points(database)) // 2 + 1))
+    assert stored_points(database) == expected_points(range(1, count_lines(run_dir)))
     assert count_unsent(run_dir) == (0, 0)
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_without_a_server_training_goes_on_and_says_what_remains(database, run_dir, start_training, capfd):
+    values = {"uri": f"http://127.0.0.1:{free_port()}"}
+    training = start_training(run_dir, values, 1, 50, 0.0)
+    output, errors = training.communicate(timeout=200)
+    assert training.returncode == 0
+    assert f"cannot send to {values['uri']}: [Errno 111] Connection refused; going on without" in errors
+    assert "100 points and 0 files are not sent yet; the next start or evaluation sends them" in errors
+    assert float(output.split()[-1]) < 2  # seconds of the slowest log_metrics: none waited
+    config = make_config(run_dir, **values)
+    log_evaluation(config, run_dir, 50, {"eval/fid": 12.5})
+    assert "101 points and 0 files are not sent yet" in capfd.readouterr().err
+    Sender(replace(tracking._destination(config.tracking, run_dir), uri=f"sqlite:///{database}")).deliver()
+    assert stored_points(database) == [("eval/fid", 50, 12.5), *expected_points(range(1, 51))]
+    assert count_unsent(run_dir) == (0, 0)
+
+
+def test_a_run_that_its_store_has_lost_is_told_with_the_way_out(database, empty_database, run_dir, capfd):
+    train(make_config(run_dir), [1])
+    deliver(make_config(run_dir), run_dir)
+    shutil.copy(empty_database, run_dir.parent / "new.db")
+    train(make_config(run_dir), [2])
+    destination = replace(
+        tracking._destination(make_config(run_dir).tracking, run_dir), uri=f"sqlite:///{run_dir.parent}/new.db"
+    )
+    assert not Sender(destination)._attempt()
+    assert f"remove {run_dir}/mlflow_run.json to send everything to a new MLflow run" in capfd.readouterr().err
+    (run_dir / "mlflow_run.json").unlink()
+    assert Sender(destination)._attempt()
+    assert stored_points(run_dir.parent / "new.db") == expected_points([1, 2])
 
 
 def free_port() -> int:
@@ -517,41 +585,35 @@ def mlflow_server(database: Path, port: int):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_server_that_is_away_at_first_and_again_later_gets_every_point_once(database, run_dir):
+def test_a_server_that_is_away_at_first_and_again_later_gets_every_point_once(
+    database, run_dir, tmp_path, start_training, capfd
+):
     port = free_port()
     values = {"uri": f"http://127.0.0.1:{port}"}
-    training = start_training(run_dir, values, 1, 1_000_000, 0.01)
-    wait_until(lambda: count_lines(run_dir) > 100)  # trains on without a server
-    with mlflow_server(database, port):
-        wait_until(lambda: len(stored_points(database)) > 200)
-    before = count_lines(run_dir)
-    wait_until(lambda: count_lines(run_dir) > before + 500)  # and trains on when it is killed
-    with mlflow_server(database, port):
-        wait_until(lambda: max(step for _, step, _ in stored_points(database)) > before + 500, 200)
-        sender = sender_of(training)
-        training.kill()
-        sender.kill()
-        errors = training.communicate()[1]
-    assert f"cannot reach http://127.0.0.1:{port}: [Errno 111] Connection refused" in errors
-    assert errors.count("cannot reach") <= 3 and errors.count("answers again") == 2
-
-    # At close nobody answers: what remains is said, and the next evaluation sends it.
-    last = count_lines(run_dir) + 10
-    training = start_training(run_dir, values, last - 100, last, 0.0)
-    output, errors = training.communicate(timeout=200)
-    assert "points and 0 files are not sent yet; the next start or evaluation sends them" in errors
-    assert float(output.split()[-1]) < 5  # no step waited for the server
     config = make_config(run_dir, **values)
-    started = time.monotonic()
-    log_evaluation(config, run_dir, 50, {"eval/fid": 12.5})
-    assert time.monotonic() - started < 70
-    picture = run_dir / "result.json"
-    picture.write_text("{}")
-    with mlflow_server(database, port):
-        log_evaluation(config, run_dir, 60, {"eval/fid": 11.5}, [picture])
-        assert count_unsent(run_dir) == (0, 0)
-    assert stored_points(database) == sorted(
-        [("eval/fid", 50, 12.5), ("eval/fid", 60, 11.5), *expected_points(range(1, last + 1))]
-    )
-    assert only_run(client_of(database)).info.status == "FINISHED"
-    assert len(list((database.parent / "served").rglob("evaluation/step-00000060/result.json"))) == 1
+    with (tmp_path / "said.txt").open("w") as errors:
+        training = start_training(run_dir, values, 1, 1_000_000, 0.1, errors)
+
+        def said(text: str) -> int:
+            return (tmp_path / "said.txt").read_text().count(text)
+
+        wait_until(lambda: said("Connection refused; going on without") == 1)
+        with mlflow_server(database, port):
+            wait_until(lambda: said("answers again") == 1)
+        wait_until(lambda: said("Connection refused; going on without") == 2)
+        away_at = count_lines(run_dir)
+        with mlflow_server(database, port):
+            wait_until(lambda: said("answers again") == 2)
+            assert max(step for _, step, _ in stored_points(database)) > away_at
+            result = run_dir / "result.json"
+            result.touch()
+            log_evaluation(config, run_dir, 50, {"eval/fid": 12.5}, [result])
+            assert only_run(client_of(database)).info.status == "RUNNING"
+            sender_of(training).kill()
+            training.kill()
+            training.wait()
+    assert len(list((database.parent / "served").rglob("evaluation/step-00000050/result.json"))) == 1
+
+    last = count_lines(run_dir) - 1  # one line is the start's
+    Sender(replace(tracking._destination(config.tracking, run_dir), uri=f"sqlite:///{database}")).deliver()
+    assert stored_points(database) == sorted([("eval/fid", 50, 12.5), *expected_points(range(1, last + 1))])
