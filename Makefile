@@ -27,6 +27,9 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
+demo: setup
+	$(BIN)/python launch/demo.py
+
 test: setup
 	$(PYTEST) -m "not slow" $(ARGS)
 

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import pairwise_distances_argmin
 from sklearn.svm import SVC
+
+from pipeline.config import load_config
+from pipeline.evaluation import find_subject
+from pipeline.networks import build_generator
+from pipeline.noise import draw_z
+from pipeline.sampling import to_uint8
 
 SIDE = 8
 INK = 16.0
@@ -128,3 +135,32 @@ def nearest_neighbour_shares(
     nearest = pairwise_distances_argmin(pixels, real_pixels)
     within = [np.bincount(nearest[asked == label]).max() / (asked == label).sum() for label in range(NUM_CLASSES)]
     return float(np.bincount(nearest).max() / len(nearest)), np.array(within)
+
+
+def judge_run(run_dir: Path, num_images: int) -> tuple[float, npt.NDArray[np.float64]]:
+    """Samples a run's averaged generator and judges what comes.
+
+    Args:
+        run_dir: a run on digits; its newest whole checkpoint is taken.
+        num_images: how many samples, equally many of each class.
+
+    Returns:
+        Share of samples recognised as the asked class, 0 to 1; variety ratio of each class, (10,).
+    """
+    samples, asked = sample_run(run_dir, num_images)
+    real_pixels, real_labels = real_digits()
+    pixels = to_pixels(samples)
+    recognised = recognised_share(fit_classifier(real_pixels, real_labels), pixels, asked)
+    return recognised, variety_ratios(pixels, asked, real_pixels, real_labels)
+
+
+def sample_run(run_dir: Path, num_images: int) -> tuple[npt.NDArray[np.uint8], Labels]:
+    """Returns samples (N, 3, R, R) uint8 of a run's averaged generator, and the classes (N,) they were asked for."""
+    config = load_config(run_dir / "config.yaml")
+    generator = build_generator(config)
+    generator.load_state_dict(find_subject(run_dir, config).ema)
+    generator.eval()
+    asked = torch.arange(num_images) % NUM_CLASSES
+    z = draw_z(config.evaluation.seed, "eval_z", 0, 0, num_images, config.model.z_dim)
+    with torch.no_grad():
+        return to_uint8(generator(z, asked)).numpy(), asked.numpy()

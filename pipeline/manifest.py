@@ -121,9 +121,10 @@ class Index:
 
     def to_bytes(self) -> bytes:
         """The bytes of index.safetensors."""
-        # One metadata key only: safetensors writes several in random order.
+        # One metadata key only: safetensors writes several in random order. Arrays that are not contiguous it writes
+        # wrongly, without a word.
         return safetensors.numpy.save(
-            {field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in dataclasses.fields(self)},
             metadata={"format_version": str(FORMAT_VERSION)},
         )
 

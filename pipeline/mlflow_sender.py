@@ -135,7 +135,8 @@ class Sender:
                 wait = _POLL_SECONDS if arrived else min(max(2 * wait, _POLL_SECONDS), _LONGEST_WAIT_SECONDS)
                 next_attempt = time.monotonic() + wait
         if arrived and self._training_died():
-            self._client.set_terminated(self._state.run_id, "FAILED")
+            with suppress(Exception):  # a store that went away this very moment; the points are there
+                self._client.set_terminated(self._state.run_id, "FAILED")
 
     def deliver(self) -> int:
         """Sends what the journals hold and returns the number of points sent."""

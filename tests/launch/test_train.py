@@ -1,7 +1,9 @@
 """The command as a user types it: real `accelerate launch` processes, real signals, real images."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +96,10 @@ def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_imagenet_killed_and_resumed_is_the_run_that_was_never_killed(shared_data, tmp_path):
-    """30 steps of imagenet128.yaml on real images in two processes; SIGKILL after step 17, resumed from 15."""
+    """30 steps of imagenet128.yaml on real images in two processes; SIGKILL after step 17, resumed from 15, evaluated.
+
+    One MLflow run holds it all, each point once.
+    """
     shards = tmp_path / "shards"
     source = shared_data / "ILSVRC2012_img_train.tar"
     build = [sys.executable, "launch/shards.py", "build", "--source", str(source), "--destination", str(shards)]
@@ -132,3 +137,20 @@ def test_imagenet_killed_and_resumed_is_the_run_that_was_never_killed(shared_dat
     assert checkpoint.digests(whole.networks) == checkpoint.digests(resumed.networks)
     for name in ("optimizer_g.pt", "optimizer_d.pt"):
         assert (whole.path / name).read_bytes() == (resumed.path / name).read_bytes()
+
+    evaluate = [*TWO_PROCESSES[:-1], "launch/evaluate.py", str(tmp_path / "killed"), "run.device=cpu"]
+    result = run([*evaluate, "evaluation.features=random", "evaluation.num_images=64"], timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    points = stored_points(tmp_path / "mlflow.db", "killed")
+    assert sorted(step for key, step in points if key == "train/d_loss") == list(range(1, 31))
+    assert [step for key, step in points if key.startswith("eval/fid")] == [30]
+    assert len(points) == len(set(points))
+
+
+def stored_points(database: Path, run_name: str) -> list[tuple[str, int]]:
+    """Every (metric, step) in the one MLflow run of that name, read from the database itself; system metrics apart."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        ids = connection.execute("SELECT run_uuid FROM runs WHERE name = ?", (run_name,)).fetchall()
+        assert len(ids) == 1, "one run through all restarts"
+        query = "SELECT key, step FROM metrics WHERE run_uuid = ? AND key NOT LIKE 'system/%'"
+        return connection.execute(query, ids[0]).fetchall()
