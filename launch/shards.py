@@ -198,9 +198,9 @@ _ENCODINGS = {
 
 def _completeness(manifest: Manifest) -> str:
     if manifest.complete:
-        return "the whole source"
+        return "the complete set"
     limit = f", at most {manifest.limit_per_class:,} per class" if manifest.limit_per_class is not None else ""
-    return f"not the whole source{limit}"
+    return f"not the complete set{limit}"
 
 
 def _pixels(manifest: Manifest) -> str:

@@ -68,10 +68,11 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from pipeline.backend import WorldSizeError
     from pipeline.checkpoint import CheckpointError
     from pipeline.health import NonFiniteError
+    from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
     from pipeline.trainer import ReplicaError
 
-    return ConfigError, WorldSizeError, CheckpointError, NonFiniteError, ShardSetError, ReplicaError
+    return ConfigError, WorldSizeError, CheckpointError, JournalError, NonFiniteError, ShardSetError, ReplicaError
 
 
 if __name__ == "__main__":

@@ -1,27 +1,20 @@
 """From a shard set to batches of uint8 images in the order of `pipeline.order`: read, verify, decode, ahead of use."""
 
-import io
 import itertools
-import math
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from pipeline import images
-from pipeline.blocks import Blocks, ReadCounts
-from pipeline.manifest import Encoding, ShardSet, ShardSetError
+from pipeline.ahead import prepare_ahead, start_fork_server
+from pipeline.blocks import ReadCounts
+from pipeline.manifest import ShardSet, ShardSetError
 from pipeline.order import Int64, Plan, flips, rank_rows
+from pipeline.samples import SampleReader
 
 
 class Batch(NamedTuple):
@@ -92,7 +85,7 @@ class Loader:
         self._prefetch_batches = prefetch_batches
         self._pin_memory = pin_memory
         if num_workers:
-            _start_fork_server()
+            start_fork_server()
 
     def batches(self, first_batch_number: int = 0) -> Iterator[Batch]:
         """Yields the batches from a number on, for ever; closing or dropping the iterator ends its workers.
@@ -101,17 +94,12 @@ class Loader:
             ShardSetError: When the turn of a batch comes whose data is missing or damaged.
         """
         prepared = iter(
-            DataLoader(
+            prepare_ahead(
                 self._batches,
-                batch_size=None,  # an item is a batch
-                sampler=itertools.count(first_batch_number),
-                collate_fn=_as_it_is,
+                itertools.count(first_batch_number),
                 num_workers=self._num_workers,
-                prefetch_factor=self._prefetch_batches if self._num_workers else None,
-                worker_init_fn=_start_worker if self._num_workers else None,
-                multiprocessing_context="forkserver" if self._num_workers else None,
+                prefetch=self._prefetch_batches,
                 pin_memory=self._pin_memory,
-                generator=torch.Generator(),  # else it draws from the global one
             )
         )
         try:
@@ -140,104 +128,52 @@ class _Batches(Dataset["_Item | ShardSetError"]):
     """Item k is batch k, decoded; or why it cannot be had, as a value: raised in a worker it would lose its message."""
 
     def __init__(self, shard_set: ShardSet, plan: Plan, rows: Int64, image_size: int, horizontal_flip: bool) -> None:
-        self._blocks = Blocks(shard_set)
+        self._samples = SampleReader(shard_set, image_size)
         self._labels = shard_set.index.sample_label
-        self._encoding = shard_set.manifest.encoding
-        self._plan, self._rows = plan, rows
-        self._image_size, self._horizontal_flip = image_size, horizontal_flip
+        self._plan, self._rows, self._horizontal_flip = plan, rows, horizontal_flip
 
     def __getitem__(self, number: int) -> _Item | ShardSetError:
         epoch = number // self._plan.batches_per_epoch
         sample_ids = self._plan.batch_sample_ids(number, self._rows)
-        worker = get_worker_info()
-        share = worker.id / worker.num_workers if worker else 0.0
         flip = flips(self._plan.seed, epoch, sample_ids) & self._horizontal_flip
-        pixels = _empty((len(sample_ids), 3, self._image_size, self._image_size), shared=worker is not None)
         try:
-            encoded, counts = self._blocks.read(sample_ids, epoch, share)
-            for sample_id, data, into in zip(sample_ids.tolist(), encoded, pixels.numpy(), strict=True):
-                into[:] = self._decode(sample_id, data).transpose(2, 0, 1)
+            pixels, counts = self._samples.read(sample_ids, epoch)
         except ShardSetError as error:
             return error
         return _Item(pixels, self._labels[sample_ids].astype(np.int64), sample_ids, flip, counts)
 
-    def _decode(self, sample_id: int, data: bytes) -> npt.NDArray[np.uint8]:
+
+def read_in_order(
+    shard_set: ShardSet, image_size: int, batches: Sequence[range], num_workers: int = 0
+) -> Iterator[Tensor]:
+    """Yields the images of each batch, (n, 3, image_size, image_size) uint8, verified and decoded ahead of use.
+
+    Args:
+        shard_set: The opened set.
+        image_size: Side in pixels; images of original size are cropped and resized to it.
+        batches: Sample ids of each batch.
+        num_workers: Decoding processes; 0 decodes in the calling process.
+
+    Raises:
+        ShardSetError: When the turn of a batch comes whose data is missing or damaged.
+    """
+    for item in prepare_ahead(_Ranges(shard_set, image_size, batches), num_workers=num_workers):
+        if isinstance(item, ShardSetError):
+            raise item
+        yield item
+
+
+class _Ranges(Dataset["Tensor | ShardSetError"]):
+    """Item k is the images of range k; or why they cannot be had."""
+
+    def __init__(self, shard_set: ShardSet, image_size: int, ranges: Sequence[range]) -> None:
+        self._samples, self._ranges = SampleReader(shard_set, image_size), ranges
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def __getitem__(self, number: int) -> "Tensor | ShardSetError":
         try:
-            return _decode(data, self._encoding, self._image_size)
-        except ValueError as error:
-            raise ShardSetError(f"{self._blocks.where(sample_id)}: {error}; build or index the set again") from error
-
-
-def _decode(data: bytes, encoding: Encoding, size: int) -> npt.NDArray[np.uint8]:
-    """Returns (size, size, 3) uint8, or raises ValueError with the reason."""
-    if encoding == "raw":
-        if len(data) != size * size * 3:
-            raise ValueError(f"expected {size * size * 3} bytes ({size} x {size} x 3), got {len(data)}")
-        return np.frombuffer(data, np.uint8).reshape(size, size, 3)
-    if encoding == "original":
-        return images.to_square(images.decode(data), size)
-    try:  # a named format spares Pillow's search for it: 15 % of the time
-        image = Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[encoding]])
-        pixels = np.asarray(image)
-    except Exception as error:  # Pillow's parsers raise every kind
-        raise ValueError(f"expected a readable {encoding} image, got {type(error).__name__}: {error}") from error
-    if pixels.shape != (size, size, 3):
-        raise ValueError(f"expected {size} x {size} RGB, got {image.width} x {image.height} {image.mode}")
-    return pixels
-
-
-_PILLOW_FORMATS = {"webp": "WEBP", "png": "PNG", "jpeg444": "JPEG"}
-
-
-def _empty(shape: tuple[int, ...], shared: bool) -> Tensor:
-    """uint8 tensor to be filled.
-
-    In shared memory it leaves a worker without a copy, as in torch's default_collate; large buffers from malloc instead
-    fragmented a worker's heap without bound (50 MB -> 500 MB in 240 batches).
-    """
-    if not shared:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def _as_it_is(item: object) -> object:
-    return item
-
-
-# Workers are forked from a server process of one thread, which has imported this module: a fork of the trainer would
-# copy locks that its threads (gloo, nccl, MLflow) hold at that moment; a fresh interpreter each would cost seconds
-# and hundreds of megabytes.
-
-_JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-
-
-def _start_fork_server() -> None:
-    """Starts it with the signals blocked that a scheduler sends to all processes of a job.
-
-    They ask the trainer to save and stop, which may take more batches; server and workers inherit the block, and
-    `_end_with_trainer` ends them. CPython starts its resource tracker in the same way.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # unblocks some of them
-        signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _start_worker(worker_id: int) -> None:
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-
-
-def _end_with_trainer() -> None:
-    """Ends this process, whatever it is waiting for, once the trainer says so (`Process.terminate`) or is gone."""
-    trainer = multiprocessing.parent_process()
-    assert trainer
-    while trainer.is_alive():
-        heard = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if heard and heard.si_pid == trainer.pid:
-            break
-    os._exit(1)
+            return self._samples.read(np.array(self._ranges[number]))[0]
+        except ShardSetError as error:
+            return error

@@ -23,7 +23,7 @@ from pipeline.backend import World
 from pipeline.bar import Bar
 from pipeline.config import Config
 from pipeline.features import EvaluationError, Extractor, Float64
-from pipeline.in_order import read_in_order
+from pipeline.loader import read_in_order
 from pipeline.manifest import ShardSet
 from pipeline.shard_file import write_file
 

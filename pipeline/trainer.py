@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ class Trainer:
         if self.world.is_main:
             (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))
         self.tracker = open_tracker(self.config, self._facts(), self.world.is_main)
-        self.stop, status = _StopRequest(), cast(Status, "FAILED")
+        self.stop = _StopRequest()
+        status: Status = "FAILED"
         try:
             while self.step < self.config.train.steps and not self._run_until_trouble():
                 self._roll_back()
@@ -130,10 +131,10 @@ class Trainer:
                 return False
             if log:
                 self._log()
+            if self._due(train.sample_every_steps, last):
+                self._sample()  # before the checkpoint: a resume from it makes no earlier pictures
             if save:
                 self._save()
-            if self._due(train.sample_every_steps, last):
-                self._sample()
             if stopping and self.step < train.steps:
                 self.progress.say(f"stopped by {self.stop.reason} at step {self.step}; the same command again goes on")
                 return True

@@ -41,7 +41,7 @@ def test_build_show_and_verify(tree, tmp_path, capsys):
     shown = capsys.readouterr().out
     for line in (
         "set          flowers, split train",
-        "images       12, the whole source",
+        "images       12, the complete set",
         "classes      3, label 0 is class0, the last class2",
         "balance      3 / 4 / 5 images per class (min/median/max), entropy 0.9808 of that of equal classes",
         "             most: class1 5, class2 4, class0 3",
@@ -73,7 +73,7 @@ def test_titles_and_raw_are_explained(tree, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "label 0 is class0 great rose" in shown
     assert "np.frombuffer" in shown
-    assert "6, not the whole source, at most 2 per class" in shown
+    assert "6, not the complete set, at most 2 per class" in shown
     assert "split demo" in shown
 
 

@@ -474,12 +474,11 @@ def wait_until(condition, seconds: float = 120.0) -> None:
 def test_each_point_is_there_once_after_sigkills(database, run_dir, start_training):
     """Kills trainings and senders at random moments; each resume repeats steps, as after a checkpoint."""
     rng = random.Random(0)
-    last = 4000
     for attempt in range(3):
         written = count_lines(run_dir)
-        training = start_training(run_dir, {}, max(1, written - 20), last, 0.002)
+        training = start_training(run_dir, {}, max(1, written - 20), 1_000_000, 0.01)
         sender = None
-        wait_until(lambda training=training, written=written: count_lines(run_dir) > written + 200)
+        wait_until(lambda training=training, written=written: count_lines(run_dir) > written + 100)
         time.sleep(rng.uniform(0, 12))
         if attempt != 1:  # the second time the sender outlives its training and finishes beside the next one
             sender = sender_of(training)
@@ -487,7 +486,8 @@ def test_each_point_is_there_once_after_sigkills(database, run_dir, start_traini
         if sender is not None:
             sender.kill()
         training.communicate()
-    training = start_training(run_dir, {}, max(1, count_lines(run_dir) - 20), last, 0.0)
+    last = count_lines(run_dir) + 100
+    training = start_training(run_dir, {}, last - 150, last, 0.0)
     _, errors = training.communicate(timeout=200)
     assert training.returncode == 0 and "not sent" not in errors, errors
     wait_until(lambda: only_run(client_of(database)).info.status == "FINISHED")

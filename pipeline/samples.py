@@ -1,0 +1,89 @@
+"""From sample ids to verified, decoded images."""
+
+import io
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from pipeline import images
+from pipeline.blocks import Blocks, ReadCounts
+from pipeline.manifest import Encoding, ShardSet, ShardSetError
+from pipeline.order import Int64
+
+
+class SampleReader:
+    """Reads images of a set; hand one object to all worker processes, so that they share what is verified.
+
+    Args:
+        shard_set: The opened set.
+        image_size: Side in pixels; images of original size are cropped and resized to it.
+    """
+
+    def __init__(self, shard_set: ShardSet, image_size: int) -> None:
+        self._blocks = Blocks(shard_set)
+        self._encoding = shard_set.manifest.encoding
+        self._image_size = image_size
+
+    def read(self, sample_ids: Int64, epoch: int = 0) -> tuple[Tensor, ReadCounts]:
+        """Reads and decodes some samples.
+
+        Args:
+            sample_ids: (n,) in any order.
+            epoch: A block is verified once in each epoch.
+
+        Returns:
+            (n, 3, image_size, image_size) uint8 in the order of `sample_ids`, and what reading them cost.
+
+        Raises:
+            ShardSetError: A missing, cut or damaged shard, or an image that is not what the manifest says.
+        """
+        worker = get_worker_info()
+        pixels = _empty((len(sample_ids), 3, self._image_size, self._image_size), shared=worker is not None)
+        encoded, counts = self._blocks.read(sample_ids, epoch, worker.id / worker.num_workers if worker else 0.0)
+        for sample_id, data, into in zip(sample_ids.tolist(), encoded, pixels.numpy(), strict=True):
+            into[:] = self._decode(sample_id, data).transpose(2, 0, 1)
+        return pixels, counts
+
+    def _decode(self, sample_id: int, data: bytes) -> npt.NDArray[np.uint8]:
+        try:
+            return _decode(data, self._encoding, self._image_size)
+        except ValueError as error:
+            raise ShardSetError(f"{self._blocks.where(sample_id)}: {error}; build or index the set again") from error
+
+
+def _decode(data: bytes, encoding: Encoding, size: int) -> npt.NDArray[np.uint8]:
+    """Returns (size, size, 3) uint8, or raises ValueError with the reason."""
+    if encoding == "raw":
+        if len(data) != size * size * 3:
+            raise ValueError(f"expected {size * size * 3} bytes ({size} x {size} x 3), got {len(data)}")
+        return np.frombuffer(data, np.uint8).reshape(size, size, 3)
+    if encoding == "original":
+        return images.to_square(images.decode(data), size)
+    try:  # a named format spares Pillow's search for it: 15 % of the time
+        image = Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[encoding]])
+        pixels = np.asarray(image)
+    except Exception as error:  # Pillow's parsers raise every kind
+        raise ValueError(f"expected a readable {encoding} image, got {type(error).__name__}: {error}") from error
+    if pixels.shape != (size, size, 3):
+        raise ValueError(f"expected {size} x {size} RGB, got {image.width} x {image.height} {image.mode}")
+    return pixels
+
+
+_PILLOW_FORMATS = {"webp": "WEBP", "png": "PNG", "jpeg444": "JPEG"}
+
+
+def _empty(shape: tuple[int, ...], shared: bool) -> Tensor:
+    """uint8 tensor to be filled.
+
+    In shared memory it leaves a worker without a copy, as in torch's default_collate; large buffers from malloc instead
+    fragmented a worker's heap without bound (50 MB -> 500 MB in 240 batches).
+    """
+    if not shared:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
