@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from launch.train import report
+from launch.errors import report
 from pipeline.config import Config, ConfigError, load_config
 
 _EPILOG = """\

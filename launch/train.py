@@ -1,10 +1,9 @@
 """Trains a SAGAN: `accelerate launch --config_file configs/accelerate/one_machine.yaml launch/train.py CONFIG.yaml`."""
 
 import argparse
-import os
 import sys
-import time
 
+from launch.errors import report
 from pipeline.config import ConfigError, load_config
 
 _EPILOG = """\
@@ -46,20 +45,6 @@ def main() -> int:
     except _user_errors() as error:
         return report(error)
     return 0
-
-
-def report(error: Exception) -> int:
-    """Prints an error a person can mend and returns exit status 1.
-
-    Ranks mostly fail alike. The others wait a little, so that rank 0 speaks for all and the launcher ends the rest;
-    what only one rank met is still printed.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(10)
-    prefix = "" if rank == "0" else f"[rank {rank}] "
-    print(f"\n{prefix}error: {error}", file=sys.stderr, flush=True)
-    return 1
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

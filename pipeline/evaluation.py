@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -306,6 +305,7 @@ def _result(subject: Subject, samples: Samples, real: Statistics, protocol: dict
 
 def _provenance(subject: Subject, reference_path: Path, world: World, seconds: float) -> dict[str, Any]:
     cuda = world.device.type == "cuda"
+    commit, dirty = tracking.git_state()
     return {
         "checkpoint": str(subject.checkpoint),
         "checkpoint_sha256": subject.checkpoint_sha256,
@@ -319,18 +319,10 @@ def _provenance(subject: Subject, reference_path: Path, world: World, seconds: f
             "convolution": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
         },
         "world_size": world.size,
-        "git_commit": _git_commit(),
+        "git_commit": commit,
+        "git_dirty": dirty,
         "wall_seconds": round(seconds, 1),
     }
-
-
-def _git_commit() -> str | None:
-    """Returns the commit of this code, with `-dirty` if it was changed since; None outside of a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def describe(result: dict[str, Any], path: Path) -> str:

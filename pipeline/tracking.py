@@ -175,14 +175,14 @@ def _start_record(config: Config, facts: RunFacts, starts: Sequence[Record]) -> 
 
 
 def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
-    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit, dirty = git_state()
     unsynchronised = facts.world_size > 1 and not config.model.sync_batch_norm
     tags: dict[str, Any] = {
         "mlflow.user": os.environ.get("USER", "unknown"),
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit or "unknown",
-        "git_dirty": bool(dirty) if commit else "unknown",
+        "git_dirty": dirty if commit else "unknown",
         "dataset_id": facts.dataset_id,
         "world_size": facts.world_size,
         "hostnames": " ".join(facts.hostnames),
@@ -191,6 +191,11 @@ def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
         "command": shlex.join(sys.argv),
     }
     return {name: _text(value) for name, value in tags.items()}
+
+
+def git_state() -> tuple[str, bool]:
+    """Returns the commit of the checkout this code lies in, "" without one, and whether files were changed since."""
+    return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 
 def _git(*arguments: str) -> str:
