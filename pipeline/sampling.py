@@ -11,6 +11,7 @@ from pipeline.noise import draw_z
 GRID_COLUMNS = 8
 GRID_ROWS = 8
 _IMAGES_PER_PASS = 16
+_SMALLEST_GRID_WIDTH = 512  # pixels; grids of small images are enlarged by repeating pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -44,7 +45,9 @@ def sample_grid(generator: nn.Module, seed: int, z_dim: int, num_classes: int) -
     images = torch.cat([generator(z[part], None if labels is None else labels[part]) for part in parts])
     size = images.shape[-1]
     cells = to_uint8(images).cpu().view(rows, GRID_COLUMNS, 3, size, size)
-    return cells.permute(2, 0, 3, 1, 4).reshape(3, rows * size, GRID_COLUMNS * size)
+    grid = cells.permute(2, 0, 3, 1, 4).reshape(3, rows * size, GRID_COLUMNS * size)
+    enlarge = max(1, _SMALLEST_GRID_WIDTH // grid.shape[2])
+    return grid.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
 
 
 def save_png(picture: Tensor, path: Path) -> None:

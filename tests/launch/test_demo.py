@@ -48,7 +48,7 @@ def test_the_recipe_learns_digits_and_keeps_their_variety(tmp_path):
     build = [sys.executable, "launch/shards.py", "build", "--source", str(tmp_path / "images")]
     train = [str(programs / "accelerate"), "launch", "--config_file", "configs/accelerate/cpu_two_processes.yaml",
              "launch/train.py", "configs/demo.yaml", f"run.dir={tmp_path}", f"data.shards={tmp_path / 'shards'}",
-             f"train.steps={STEPS}", "tracking.enabled=false"]  # fmt: skip
+             f"train.steps={STEPS}", "tracking.enabled=false", *digits.fastest_precision()]  # fmt: skip
     for command in ([*build, "--destination", str(tmp_path / "shards"), "--size", "16"], train):
         result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=dict(os.environ))
         assert result.returncode == 0, result.stderr[-3000:]

@@ -61,7 +61,7 @@ def test_a_run_leaves_checkpoints_samples_a_journal_and_done(configure, capsys):
     ]  # fmt: skip
     assert (config.run_dir / "DONE").read_text() == "6\n"
     with Image.open(config.run_dir / "samples" / "step-00000006.png") as grid:
-        assert grid.size == (8 * 16, 3 * 16), "8 columns, a row per class"
+        assert grid.size == (4 * 8 * 16, 4 * 3 * 16), "8 columns, a row per class, enlarged for the eye"
     state = last_checkpoint(config).state
     assert (state.step, state.images_seen, state.next_batch_number) == (6, 72, 6)
     said = capsys.readouterr()
