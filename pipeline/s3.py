@@ -1,0 +1,431 @@
+"""The one door to boto3: objects under s3://bucket/prefix, read in ways that survive a bad network.
+
+A location is `s3://bucket/prefix`, and may say how the store is reached: `s3://bucket/prefix?endpoint_url=https://...`
+with the keys of `Store`, joined by `&`. What it leaves out comes from the usual places of the AWS tools
+(AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, AWS_ACCESS_KEY_ID, ~/.aws/config, roles of the machine); keys and secrets
+come from there only.
+
+botocore repeats a request until the headers of the answer are there; a body that breaks off is the caller's affair. So
+all retries of reads are made here, in one place: the next request asks for the missing bytes only (Range), of the same
+version of the object (If-Match, and its ETag compared, as some stores ignore If-Match). A connection that closes in the
+headers leaves some of them out or cut short, and neither http.client nor botocore says so: headers are believed once a
+byte of the body has come.
+"""
+
+import dataclasses
+import difflib
+import functools
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+from pipeline.read_counts import ReadCounts
+
+SCHEME = "s3://"
+MAX_ATTEMPTS = 9  # in a row without a new byte: at most 46 s of pauses
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 20  # without a byte
+CHUNK_BYTES = 262_144  # of a body at once: what a broken connection may cost; smaller ones cost more CPU seconds
+PAGE_NAMES = 1000  # of a list at once, the most that S3 gives
+
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+_jitter = random.SystemRandom()  # has no state that forked processes could share
+
+
+@dataclass(frozen=True)
+class Store:
+    """How a store is reached; None leaves it to the AWS variables and files."""
+
+    endpoint_url: str | None = None  # http(s)://host[:port] of a store that is not AWS
+    region: str | None = None
+    profile: str | None = None  # of ~/.aws/config and ~/.aws/credentials
+    addressing_style: str | None = None  # path: endpoint/bucket/key; virtual: bucket.endpoint/key
+    anonymous: bool = False  # sends no credentials
+
+
+@dataclass(frozen=True)
+class S3Location:
+    """A location taken apart."""
+
+    store: Store
+    bucket: str
+    prefix: str
+
+    def key(self, name: str) -> str:
+        """Key of the object `name`."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def address(self, name: str) -> str:
+        """The object `name` for messages."""
+        return f"{SCHEME}{self.bucket}/{self.key(name)}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a store says of an object."""
+
+    size: int
+    metadata: dict[str, str]  # keys in lower case
+
+
+@functools.cache
+def parse(location: str) -> S3Location:
+    """Takes `s3://bucket/prefix?key=value&...` apart; a ValueError names what is wrong with it."""
+    parts = urlsplit(location, allow_fragments=False)
+    if not parts.netloc:
+        raise ValueError(f"{location}: expected s3://bucket/prefix, got no bucket")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    known = [field.name for field in dataclasses.fields(Store)]
+    for key, value in options.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+            raise ValueError(f"{location}: unknown key {key} after `?`; {hint}")
+        allowed = {"addressing_style": ("path", "virtual"), "anonymous": ("true", "false")}.get(key)
+        if not value or (allowed and value not in allowed):
+            raise ValueError(f"{location}: {key} must be {' or '.join(allowed or ('a text',))}, got {value!r}")
+    if not options.get("endpoint_url", "http://").startswith(("http://", "https://")):
+        raise ValueError(f"{location}: endpoint_url must begin with http:// or https://")
+    store = Store(**{**options, "anonymous": options.get("anonymous") == "true"})  # type: ignore[arg-type]
+    return S3Location(store, parts.netloc, parts.path.strip("/"))
+
+
+def read(location: str, name: str, start: int, stop: int | None, counts: ReadCounts) -> bytes:
+    """Bytes [start, stop) of an object, or all from `start` on if `stop` is None.
+
+    Raises:
+        FileNotFoundError: No such bucket or object.
+        PermissionError: No, wrong or expired credentials, or ones that do not allow this.
+        OSError: The object is shorter, or was replaced while it was read; or MAX_ATTEMPTS brought not one byte more.
+    """
+    if start == stop:
+        return b""
+    reading = _Reading(parse(location), name, start, stop)
+    _retried(reading.go_on, reading.where, name, counts, lambda: len(reading.data))
+    return bytes(reading.data)
+
+
+def find(location: str, name: str, counts: ReadCounts) -> Found | None:
+    """Size and metadata of an object; None if there is none, an error if there is no bucket."""
+    where = parse(location)
+
+    def ask() -> Found | None:
+        from botocore.exceptions import ClientError
+
+        try:  # a GET of one byte: the answer to a HEAD has no body that could tell what is wrong
+            answer = _get(where, name, Range="bytes=0-0")
+        except ClientError as error:
+            code = _code(error)
+            if code == "InvalidRange":  # there is no byte 0, so no sha256 is worth asking for either
+                return Found(0, {})
+            if code in ("NoSuchKey", "404"):
+                return None
+            raise
+        with answer["Body"] as body:
+            _more_of(body, 1)
+        metadata = {key.lower(): value for key, value in answer["Metadata"].items()}
+        return Found(_place(answer, where.address(name)).total, metadata)
+
+    return _retried(ask, where, name, counts)
+
+
+def list_names(location: str, counts: ReadCounts) -> list[str]:
+    """Names of the objects directly under the prefix, sorted."""
+    where = parse(location)
+    prefix = where.key("")
+    names: list[str] = []
+    request: dict[str, Any] = {"Bucket": where.bucket, "Prefix": prefix, "Delimiter": "/", "MaxKeys": PAGE_NAMES}
+    while True:
+        answer = _retried(lambda: _list(where, request), where, "", counts)
+        names += [entry["Key"].removeprefix(prefix) for entry in answer.get("Contents", ())]
+        if not answer["IsTruncated"]:
+            return sorted(name for name in names if name)
+        request["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def upload(location: str, name: str, path: Path, sha256: str, advance: Callable[[int], None]) -> None:
+    """Writes a file as an object that carries its sha256 as metadata; large ones in parts, several at a time.
+
+    Args:
+        location: Where to.
+        name: Of the object.
+        path: The file.
+        sha256: Of its bytes, hexadecimal.
+        advance: Is called with the bytes just sent, negative for a part that is sent again; in other threads.
+    """
+    from boto3.exceptions import S3UploadFailedError
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    where = parse(location)
+    # The CRT client ignores endpoint_url and goes to AWS (boto/boto3#4839).
+    transfer = TransferConfig(multipart_threshold=2**26, multipart_chunksize=2**24, max_concurrency=4)
+    transfer.preferred_transfer_client = "classic"
+    try:
+        _client(where, attempts=MAX_ATTEMPTS).upload_file(
+            str(path), where.bucket, where.key(name), {"Metadata": {"sha256": sha256}}, advance, transfer
+        )
+    except (S3UploadFailedError, BotoCoreError, ClientError) as error:
+        cause = error.__context__ if isinstance(error, S3UploadFailedError) and error.__context__ else error
+        final = _final_error(cause, where, name)
+        raise final or OSError(f"{where.address(name)}: could not be written: {cause}") from error
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which bytes of the object an answer brings."""
+
+    first: int
+    total: int  # bytes of the whole object
+
+
+class _Reading:
+    """A read under way: what is there so far, and of which version of the object."""
+
+    def __init__(self, where: S3Location, name: str, start: int, stop: int | None) -> None:
+        self.where, self.data = where, bytearray()
+        self._name, self._start, self._stop = name, start, stop
+        self._etag: str | None = None
+
+    def go_on(self, counts: ReadCounts) -> None:
+        """Asks once for what is missing; keeps all that comes, however it ends."""
+        from botocore.exceptions import ClientError
+
+        where, address = self.where, self.where.address(self._name)
+        position = self._start + len(self.data)
+        wanted: dict[str, str] = {}
+        if position or self._stop is not None:  # an empty object has no range to ask for
+            wanted["Range"] = f"bytes={position}-" + (str(self._stop - 1) if self._stop is not None else "")
+        if self._etag:
+            wanted["IfMatch"] = self._etag
+        try:
+            answer = _get(where, self._name, **wanted)
+        except ClientError as error:
+            if _code(error) != "InvalidRange":
+                raise
+            raise OSError(f"{address}: expected a byte {position}, the object ends before it") from error
+        if answer["ContentLength"] == 0 and not wanted:
+            return
+        with answer["Body"] as body:
+            chunk = _more_of(body, CHUNK_BYTES)
+            skip = position - self._check(answer, position, address)
+            assert self._stop is not None
+            while True:
+                counts.bytes_fetched += len(chunk)
+                self.data += chunk[skip : skip + self._stop - self._start - len(self.data)]
+                skip -= min(skip, len(chunk))
+                if self._start + len(self.data) == self._stop:
+                    return
+                chunk = _more_of(body, CHUNK_BYTES)
+
+    def _check(self, answer: Any, position: int, address: str) -> int:
+        """Compares the headers of an answer with what was asked for; returns its first byte, at `position` or before.
+
+        Some stores send the whole object whatever the range.
+        """
+        place, etag = _place(answer, address), answer.get("ETag")
+        if self._etag not in (None, etag):
+            raise _changed(address)
+        self._etag = etag
+        self._stop = place.total if self._stop is None else self._stop
+        if self._stop > place.total:
+            raise OSError(
+                f"{address}: expected {self._stop - self._start} bytes at [{self._start}, {self._stop}), "
+                f"got {max(place.total - self._start, 0)}: the object ends at byte {place.total}"
+            )
+        if place.first > position:
+            raise OSError(f"{address}: expected bytes from {position} on, the store sent bytes from {place.first}")
+        return place.first
+
+
+def _get(where: S3Location, name: str, **request: str) -> Any:
+    client = _client(where)
+    try:
+        answer = client.get_object(Bucket=where.bucket, Key=where.key(name), **request)
+    except ValueError as error:
+        raise ConnectionError(f"a header was cut short: {error}") from error
+    if "ContentLength" not in answer:
+        raise ConnectionError("the headers were cut short: there is no Content-Length")
+    return answer
+
+
+def _list(where: S3Location, request: dict[str, Any]) -> Any:
+    answer = _client(where).list_objects_v2(**request)
+    if "IsTruncated" not in answer:
+        raise ConnectionError("the answer was cut short")
+    return answer
+
+
+def _more_of(body: Any, num_bytes: int) -> bytes:
+    """The next bytes of a body that has more to come."""
+    chunk = body.read(num_bytes)
+    if not chunk:
+        raise ConnectionError("the body ended early")
+    return bytes(chunk)
+
+
+def _place(answer: Any, address: str) -> _Place:
+    """Believes Content-Range, not the status: some stores send the right range with status 200."""
+    text = answer.get("ContentRange")
+    if text is None:
+        return _Place(0, int(answer["ContentLength"]))
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", text)
+    if not match:
+        raise OSError(f"{address}: the store answered with Content-Range {text!r}, expected bytes FIRST-LAST/TOTAL")
+    return _Place(int(match[1]), int(match[2]))
+
+
+def _retried(
+    attempt: Callable[..., Result],
+    where: S3Location,
+    name: str,
+    counts: ReadCounts,
+    progress: Callable[[], int] | None = None,
+) -> Result:
+    """Repeats an attempt while it fails for reasons that pass, until MAX_ATTEMPTS in a row brought no progress."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
+
+    failures = done = 0
+    begin = time.monotonic()
+    try:
+        while True:
+            counts.requests += 1
+            try:
+                return attempt(counts) if progress else attempt()
+            except (BotoCoreError, ClientError, HTTPError, ConnectionError, TimeoutError) as error:
+                final = _final_error(error, where, name)
+                if final:
+                    raise final from error
+                now = progress() if progress else 0
+                failures, done = (0 if now > done else failures + 1), now
+                if failures == MAX_ATTEMPTS:
+                    raise OSError(
+                        f"{where.address(name)}: {MAX_ATTEMPTS} attempts in a row brought nothing, the last: {error}; "
+                        f"check that the store at {_endpoint(where)} is up and reachable from here"
+                    ) from error
+                if failures >= 4:
+                    _log.warning("%s: attempt %d of %d: %s", where.address(name), failures, MAX_ATTEMPTS, error)
+                counts.retries += 1
+                counts.resumed_reads += done > 0
+                time.sleep(_pause_seconds(failures))
+    finally:
+        counts.fetch_seconds += time.monotonic() - begin
+
+
+def _pause_seconds(failures: int) -> float:
+    return _jitter.uniform(0.5, 1) * min(0.125 * 2.0**failures, 15.0)
+
+
+# What a store may say, and what then is to be checked.
+_REFUSALS = {
+    "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID or the profile",
+    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or the profile",
+    "ExpiredToken": "the credentials have expired; get new ones",
+    "InvalidToken": "the session token is wrong; check AWS_SESSION_TOKEN or the profile",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+}
+_TRANSIENT_CODES = {"RequestTimeout", "RequestTimeoutException", "SlowDown", "Throttling", "ThrottlingException"}
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+
+
+def _final_error(error: BaseException, where: S3Location, name: str) -> OSError | None:
+    """What to tell the user of a failure that another attempt would not mend; None for one that it may."""
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+
+    address = where.address(name)
+    if isinstance(error, exceptions.ClientError):
+        return _refusal(error, where, address)
+    if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return OSError(f"{address}: {error}; name the certificates to trust in AWS_CA_BUNDLE")
+    credentials = (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.CredentialRetrievalError,
+        exceptions.ProfileNotFound,
+        exceptions.TokenRetrievalError,
+        exceptions.SSOError,
+    )
+    if isinstance(error, credentials):
+        return PermissionError(
+            f"{address}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile (AWS_PROFILE, or "
+            f"?profile=NAME after the location), or read a public bucket with ?anonymous=true"
+        )
+    passing = (exceptions.HTTPClientError, exceptions.IncompleteReadError, ResponseParserError)
+    if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, passing):
+        return OSError(f"{address}: {error}; check bucket, region and endpoint")
+    return None
+
+
+def _refusal(error: Any, where: S3Location, address: str) -> OSError | None:
+    code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+    said = f"{code}: {error.response['Error'].get('Message') or 'no message'}"
+    if code in _TRANSIENT_CODES or (status in _TRANSIENT_STATUS and code not in _REFUSALS):
+        return None
+    if code == "NoSuchBucket":
+        return FileNotFoundError(
+            f"{address}: there is no bucket {where.bucket} at {_endpoint(where)}; check its name and the endpoint"
+        )
+    if status == 404:
+        return FileNotFoundError(f"{address}: not found; check the prefix, or upload the set again")
+    if code in _REFUSALS:
+        return PermissionError(f"{address}: {_REFUSALS[code]} ({said})")
+    if status in (401, 403):
+        who = "requests without credentials (anonymous)" if where.store.anonymous else "these credentials"
+        return PermissionError(
+            f"{address}: the store does not allow this to {who}; check credentials, profile and the rights to the "
+            f"bucket (reading needs s3:GetObject and s3:ListBucket, uploading s3:PutObject) ({said})"
+        )
+    if status == 412:
+        return _changed(address)
+    return OSError(f"{address}: {said} (status {status}); check bucket, region and endpoint")
+
+
+def _code(error: Any) -> str:
+    return str(error.response["Error"].get("Code", "unknown"))
+
+
+def _changed(address: str) -> OSError:
+    return OSError(f"{address}: was replaced while it was read; open the set again")
+
+
+def _endpoint(where: S3Location) -> str:
+    return str(_client(where).meta.endpoint_url)
+
+
+def _client(where: S3Location, attempts: int = 1) -> Any:
+    """This process's client: one that was made before a fork is of no use in the child."""
+    return _client_of(os.getpid(), where.store, attempts)
+
+
+@functools.cache
+def _client_of(pid: int, store: Store, attempts: int) -> Any:
+    import boto3
+    import botocore
+    from botocore.config import Config
+
+    options: dict[str, Any] = {"signature_version": botocore.UNSIGNED if store.anonymous else "s3v4"}
+    if store.addressing_style:  # botocore's own choice: path for a custom endpoint, virtual for AWS
+        options["s3"] = {"addressing_style": store.addressing_style}
+    if store.endpoint_url or {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & os.environ.keys():
+        # Stores other than AWS may know no checksums; ours are the sha256 of the manifest.
+        options["request_checksum_calculation"] = options["response_checksum_validation"] = "when_required"
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,
+        connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        read_timeout=READ_TIMEOUT_SECONDS,
+        tcp_keepalive=True,
+        **options,
+    )
+    session = boto3.session.Session(profile_name=store.profile, region_name=store.region)
+    return session.client("s3", endpoint_url=store.endpoint_url, config=config)
