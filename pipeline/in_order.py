@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.block_cache import BlockCache
 from pipeline.blocks import Blocks
 from pipeline.loader import _as_it_is, _decode, _start_fork_server, _start_worker
 from pipeline.manifest import ShardSet, ShardSetError
 
 
 def read_in_order(
-    shard_set: ShardSet, image_size: int, batches: Sequence[range], num_workers: int = 0
+    shard_set: ShardSet,
+    image_size: int,
+    batches: Sequence[range],
+    num_workers: int = 0,
+    cache: BlockCache | None = None,
 ) -> Iterator[Tensor]:
     """Yields the images of each batch, (n, 3, image_size, image_size) uint8, verified and decoded ahead of use.
 
@@ -22,6 +27,7 @@ def read_in_order(
         image_size: Side in pixels; images of original size are cropped and resized to it.
         batches: Sample ids of each batch.
         num_workers: Decoding processes; 0 decodes in the calling process.
+        cache: Where blocks of a remote set are kept on this node.
 
     Raises:
         ShardSetError: When the turn of a batch comes whose data is missing or damaged.
@@ -29,7 +35,7 @@ def read_in_order(
     if num_workers:
         _start_fork_server()
     prepared = DataLoader(
-        _Batches(shard_set, image_size, batches),
+        _Batches(shard_set, image_size, batches, cache),
         batch_size=None,  # an item is a batch
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -46,8 +52,10 @@ def read_in_order(
 class _Batches(Dataset["Tensor | ShardSetError"]):
     """Item k is batch k; or why it cannot be had, as a value: raised in a worker it would lose its message."""
 
-    def __init__(self, shard_set: ShardSet, image_size: int, batches: Sequence[range]) -> None:
-        self._blocks = Blocks(shard_set)
+    def __init__(
+        self, shard_set: ShardSet, image_size: int, batches: Sequence[range], cache: BlockCache | None
+    ) -> None:
+        self._blocks = Blocks(shard_set, cache)
         self._encoding = shard_set.manifest.encoding
         self._image_size, self._batches = image_size, batches
 

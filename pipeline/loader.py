@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline import images
-from pipeline.blocks import Blocks, ReadCounts
+from pipeline.block_cache import BlockCache
+from pipeline.blocks import Blocks
 from pipeline.manifest import Encoding, ShardSet, ShardSetError
 from pipeline.order import Int64, Plan, flips, rank_rows
+from pipeline.read_counts import ReadCounts
 
 
 class Batch(NamedTuple):
@@ -44,7 +46,7 @@ class Loader:
 
     Attributes:
         plan: Order of the samples.
-        counts: Bytes read and blocks verified for the batches handed out so far.
+        counts: What reading the batches handed out so far has cost.
 
     Args:
         shard_set: The opened set.
@@ -58,6 +60,7 @@ class Loader:
         prefetch_batches: Batches that each worker prepares ahead.
         horizontal_flip: Whether `Batch.flip` marks half of the images, others in each epoch, or none.
         pin_memory: Whether images come in page-locked memory, for copies to a CUDA device.
+        cache: Where blocks of a remote set are kept on this node.
 
     Raises:
         ValueError: The set holds images of another size, or too few; or the ranks do not share the batch evenly.
@@ -77,6 +80,7 @@ class Loader:
         prefetch_batches: int = 2,
         horizontal_flip: bool = False,
         pin_memory: bool = False,
+        cache: BlockCache | None = None,
     ) -> None:
         manifest = shard_set.manifest
         if manifest.image_size not in (None, image_size):
@@ -87,7 +91,7 @@ class Loader:
         self.plan = Plan(shard_set.index.block_first_sample, seed, global_batch_size, accumulation_steps)
         self.counts = ReadCounts()
         rows = rank_rows(global_batch_size, accumulation_steps, rank, world_size)
-        self._batches = _Batches(shard_set, self.plan, rows, image_size, horizontal_flip)
+        self._batches = _Batches(shard_set, self.plan, rows, image_size, horizontal_flip, cache)
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
         self._pin_memory = pin_memory
@@ -139,8 +143,16 @@ class _Item(NamedTuple):
 class _Batches(Dataset["_Item | ShardSetError"]):
     """Item k is batch k, decoded; or why it cannot be had, as a value: raised in a worker it would lose its message."""
 
-    def __init__(self, shard_set: ShardSet, plan: Plan, rows: Int64, image_size: int, horizontal_flip: bool) -> None:
-        self._blocks = Blocks(shard_set)
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        plan: Plan,
+        rows: Int64,
+        image_size: int,
+        horizontal_flip: bool,
+        cache: BlockCache | None,
+    ) -> None:
+        self._blocks = Blocks(shard_set, cache)
         self._labels = shard_set.index.sample_label
         self._encoding = shard_set.manifest.encoding
         self._plan, self._rows = plan, rows

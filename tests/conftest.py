@@ -82,7 +82,8 @@ def s3_server(tmp_path_factory):
     port, monitor_port = _free_port(), _free_port()
 
     def run(command: str) -> None:
-        done = subprocess.run([script, command, str(directory), str(port), str(monitor_port)], capture_output=True)
+        arguments = [script, command, *map(str, (directory, port, monitor_port, os.getpid()))]
+        done = subprocess.run(arguments, capture_output=True, timeout=200)
         assert done.returncode == 0, done.stderr.decode()
 
     def kill() -> None:

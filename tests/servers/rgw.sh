@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # A Ceph RGW of one node for tests: monitor, OSD that keeps its objects in memory, S3 gateway; loopback only, no root.
-#   rgw.sh up DIR PORT MON_PORT   starts all three and makes the user testkey / testsecret123; DIR is made anew
+#   rgw.sh up DIR PORT MON_PORT OWNER_PID   starts all three and makes the user testkey / testsecret123; DIR is made
+#                                 anew; what is still running when the process OWNER_PID is gone is ended
 #   rgw.sh gateway DIR PORT       starts the gateway again, after it was killed
 #   rgw.sh down DIR               ends them by the pids noted in DIR, and removes DIR
 # Needs, on Debian and Ubuntu: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common curl
 set -euo pipefail
-command=$1 dir=$2 port=${3:-} mon_port=${4:-}
+command=$1 dir=$2 port=${3:-} mon_port=${4:-} owner=${5:-}
 export CEPH_CONF=$dir/ceph.conf CEPH_ARGS=
 
 wait_for() {  # SECONDS COMMAND...: until the command succeeds
@@ -28,6 +29,7 @@ gateway() {
 
 up() {
     rm -rf "$dir"; mkdir -p "$dir"/{mon,osd,run,log,rgw}
+    setsid nohup "$0" outlive "$dir" "" "" "$owner" >/dev/null 2>&1 </dev/null &
     local fsid; fsid=$(cat /proc/sys/kernel/random/uuid)
     # cephx, as radosgw loops without it; no `public bind addr`, which makes the monitor ignore its port.
     cat >"$CEPH_CONF" <<CONF
@@ -84,9 +86,15 @@ CONF
     radosgw-admin user create --uid=tests --display-name=tests --access-key=testkey --secret-key=testsecret123
 }
 
+outlive() {
+    while kill -0 "$owner" 2>/dev/null; do sleep 1; done
+    down
+}
+
 down() {
     for name in rgw osd mon; do
         pid=$(cat "$dir/run/$name.pid" 2>/dev/null) || continue
+        [[ $(ps -o args= -p "$pid") == *ceph* || $(ps -o args= -p "$pid") == *radosgw* ]] || continue
         kill "$pid" 2>/dev/null || continue
         for ((i = 0; i < 50; i++)); do kill -0 "$pid" 2>/dev/null || continue 2; sleep 0.1; done
         kill -9 "$pid" || true
@@ -94,4 +102,7 @@ down() {
     rm -rf "$dir"
 }
 
-case $command in up | gateway | down) "$command" ;; *) echo "usage: rgw.sh up|gateway|down DIR [PORT [MON_PORT]]" >&2; exit 2 ;; esac
+case $command in
+up | gateway | down | outlive) "$command" ;;
+*) echo "usage: rgw.sh up|gateway|down DIR [PORT [MON_PORT OWNER_PID]]" >&2; exit 2 ;;
+esac
