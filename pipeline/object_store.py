@@ -2,7 +2,7 @@
 
 A location is a directory, or s3://bucket/prefix (`pipeline.s3` tells how to say which store).
 Failures are the built-in `OSError` kinds (`FileNotFoundError`, `PermissionError`, ...); each message names the file.
-A location that cannot be one is a `ValueError`. What is given `counts` adds its cost to them.
+A location that cannot be one is a `LocationError`. What is given `counts` adds its cost to them.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline import s3
 from pipeline.read_counts import ReadCounts
+from pipeline.s3 import LocationError as LocationError
 
 
 def is_remote(location: str) -> bool:
@@ -82,7 +83,7 @@ def list_names(location: str) -> list[str]:
 
 def _directory(location: str) -> Path:
     if "://" in location:
-        raise ValueError(f"{location}: expected a directory or s3://bucket/prefix; copy the set to one of them")
+        raise LocationError(f"{location}: expected a directory or s3://bucket/prefix; copy the set to one of them")
     return Path(location)
 
 

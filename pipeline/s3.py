@@ -30,6 +30,7 @@ from pipeline.read_counts import ReadCounts
 
 SCHEME = "s3://"
 MAX_ATTEMPTS = 9  # in a row without a new byte: at most 46 s of pauses
+UPLOAD_ATTEMPTS = 3  # of a whole file
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 20  # without a byte
 CHUNK_BYTES = 262_144  # of a body at once: what a broken connection may cost; smaller ones cost more CPU seconds
@@ -38,6 +39,10 @@ PAGE_NAMES = 1000  # of a list at once, the most that S3 gives
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # has no state that forked processes could share
+
+
+class LocationError(ValueError):
+    """What should be a location cannot be one; the message says why and what can."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +83,22 @@ class Found:
 
 @functools.cache
 def parse(location: str) -> S3Location:
-    """Takes `s3://bucket/prefix?key=value&...` apart; a ValueError names what is wrong with it."""
+    """Takes `s3://bucket/prefix?key=value&...` apart; a LocationError names what is wrong with it."""
     parts = urlsplit(location, allow_fragments=False)
     if not parts.netloc:
-        raise ValueError(f"{location}: expected s3://bucket/prefix, got no bucket")
+        raise LocationError(f"{location}: expected s3://bucket/prefix, got no bucket")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     known = [field.name for field in dataclasses.fields(Store)]
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-            raise ValueError(f"{location}: unknown key {key} after `?`; {hint}")
+            raise LocationError(f"{location}: unknown key {key} after `?`; {hint}")
         allowed = {"addressing_style": ("path", "virtual"), "anonymous": ("true", "false")}.get(key)
         if not value or (allowed and value not in allowed):
-            raise ValueError(f"{location}: {key} must be {' or '.join(allowed or ('a text',))}, got {value!r}")
+            raise LocationError(f"{location}: {key} must be {' or '.join(allowed or ('a text',))}, got {value!r}")
     if not options.get("endpoint_url", "http://").startswith(("http://", "https://")):
-        raise ValueError(f"{location}: endpoint_url must begin with http:// or https://")
+        raise LocationError(f"{location}: endpoint_url must begin with http:// or https://")
     store = Store(**{**options, "anonymous": options.get("anonymous") == "true"})  # type: ignore[arg-type]
     return S3Location(store, parts.netloc, parts.path.strip("/"))
 
@@ -169,14 +174,29 @@ def upload(location: str, name: str, path: Path, sha256: str, advance: Callable[
     # The CRT client ignores endpoint_url and goes to AWS (boto/boto3#4839).
     transfer = TransferConfig(multipart_threshold=2**26, multipart_chunksize=2**24, max_concurrency=4)
     transfer.preferred_transfer_client = "classic"
-    try:
-        _client(where, attempts=MAX_ATTEMPTS).upload_file(
-            str(path), where.bucket, where.key(name), {"Metadata": {"sha256": sha256}}, advance, transfer
-        )
-    except (S3UploadFailedError, BotoCoreError, ClientError) as error:
-        cause = error.__context__ if isinstance(error, S3UploadFailedError) and error.__context__ else error
-        final = _final_error(cause, where, name)
-        raise final or OSError(f"{where.address(name)}: could not be written: {cause}") from error
+    client = _client(where, attempts=MAX_ATTEMPTS)  # which repeats each request
+    for failures in range(1, UPLOAD_ATTEMPTS + 1):
+        sent: list[int] = []
+
+        def count(num_bytes: int, sent: list[int] = sent) -> None:
+            sent.append(num_bytes)
+            advance(num_bytes)
+
+        try:
+            client.upload_file(
+                str(path), where.bucket, where.key(name), {"Metadata": {"sha256": sha256}}, count, transfer
+            )
+            return
+        # Headers cut short are a KeyError or ValueError in botocore and s3transfer.
+        except (S3UploadFailedError, BotoCoreError, ClientError, KeyError, ValueError) as error:
+            wrapped = isinstance(error, S3UploadFailedError) and error.__context__ is not None
+            cause = error.__context__ if wrapped else error
+            assert cause is not None
+            final = _final_error(cause, where, name)
+            if final or failures == UPLOAD_ATTEMPTS:
+                raise final or OSError(f"{where.address(name)}: could not be written: {cause}") from error
+            advance(-sum(sent))
+            time.sleep(_pause_seconds(failures))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_a_location_names_bucket_prefix_and_store():
     ],
 )
 def test_a_wrong_location_is_refused(location, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(object_store.LocationError, match=message):
         object_store.read_bytes(location, "manifest.json")
 
 
