@@ -1,6 +1,6 @@
 """The one door to the bytes of a shard set: a set lives at a *location* and its files go by name.
 
-A location is a directory, or s3://bucket/prefix (`pipeline.s3` tells how to say which store).
+A location is a directory, or s3://bucket/prefix (`pipeline.s3_store` tells how to say which store).
 Failures are the built-in `OSError` kinds (`FileNotFoundError`, `PermissionError`, ...); each message names the file.
 A location that cannot be one is a `LocationError`. What is given `counts` adds its cost to them.
 """
@@ -10,20 +10,20 @@ from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
-from pipeline import s3
+from pipeline import s3, s3_store
 from pipeline.read_counts import ReadCounts
-from pipeline.s3 import LocationError as LocationError
+from pipeline.s3_store import LocationError as LocationError
 
 
 def is_remote(location: str) -> bool:
     """Whether a location is in object storage."""
-    return location.startswith(s3.SCHEME)
+    return location.startswith(s3_store.SCHEME)
 
 
 def join(location: str, name: str) -> str:
     """Full address of the file `name` of a set, for messages."""
     if is_remote(location):
-        return s3.parse(location).address(name)
+        return s3_store.parse(location).address(name)
     return str(_directory(location) / name)
 
 

@@ -1,9 +1,4 @@
-"""The one door to boto3: objects under s3://bucket/prefix, read in ways that survive a bad network.
-
-A location is `s3://bucket/prefix`, and may say how the store is reached: `s3://bucket/prefix?endpoint_url=https://...`
-with the keys of `Store`, joined by `&`. What it leaves out comes from the usual places of the AWS tools
-(AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, AWS_ACCESS_KEY_ID, ~/.aws/config, roles of the machine); keys and secrets
-come from there only.
+"""Objects of a store, read and written in ways that survive a bad network.
 
 botocore repeats a request until the headers of the answer are there; a body that breaks off is the caller's affair. So
 all retries of reads are made here, in one place: the next request asks for the missing bytes only (Range), of the same
@@ -12,11 +7,7 @@ headers leaves some of them out or cut short, and neither http.client nor botoco
 byte of the body has come.
 """
 
-import dataclasses
-import difflib
-import functools
 import logging
-import os
 import random
 import re
 import time
@@ -24,15 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 from pipeline.read_counts import ReadCounts
+from pipeline.s3_store import S3Location, changed, client, endpoint, error_code, final_error, parse
 
-SCHEME = "s3://"
 MAX_ATTEMPTS = 9  # in a row without a new byte: at most 46 s of pauses
 UPLOAD_ATTEMPTS = 3  # of a whole file
-CONNECT_TIMEOUT_SECONDS = 5
-READ_TIMEOUT_SECONDS = 20  # without a byte
 CHUNK_BYTES = 262_144  # of a body at once: what a broken connection may cost; smaller ones cost more CPU seconds
 PAGE_NAMES = 1000  # of a list at once, the most that S3 gives
 
@@ -41,66 +29,12 @@ _log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # has no state that forked processes could share
 
 
-class LocationError(ValueError):
-    """What should be a location cannot be one; the message says why and what can."""
-
-
-@dataclass(frozen=True)
-class Store:
-    """How a store is reached; None leaves it to the AWS variables and files."""
-
-    endpoint_url: str | None = None  # http(s)://host[:port] of a store that is not AWS
-    region: str | None = None
-    profile: str | None = None  # of ~/.aws/config and ~/.aws/credentials
-    addressing_style: str | None = None  # path: endpoint/bucket/key; virtual: bucket.endpoint/key
-    anonymous: bool = False  # sends no credentials
-
-
-@dataclass(frozen=True)
-class S3Location:
-    """A location taken apart."""
-
-    store: Store
-    bucket: str
-    prefix: str
-
-    def key(self, name: str) -> str:
-        """Key of the object `name`."""
-        return f"{self.prefix}/{name}" if self.prefix else name
-
-    def address(self, name: str) -> str:
-        """The object `name` for messages."""
-        return f"{SCHEME}{self.bucket}/{self.key(name)}"
-
-
 @dataclass(frozen=True)
 class Found:
     """What a store says of an object."""
 
     size: int
     metadata: dict[str, str]  # keys in lower case
-
-
-@functools.cache
-def parse(location: str) -> S3Location:
-    """Takes `s3://bucket/prefix?key=value&...` apart; a LocationError names what is wrong with it."""
-    parts = urlsplit(location, allow_fragments=False)
-    if not parts.netloc:
-        raise LocationError(f"{location}: expected s3://bucket/prefix, got no bucket")
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    known = [field.name for field in dataclasses.fields(Store)]
-    for key, value in options.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-            raise LocationError(f"{location}: unknown key {key} after `?`; {hint}")
-        allowed = {"addressing_style": ("path", "virtual"), "anonymous": ("true", "false")}.get(key)
-        if not value or (allowed and value not in allowed):
-            raise LocationError(f"{location}: {key} must be {' or '.join(allowed or ('a text',))}, got {value!r}")
-    if not options.get("endpoint_url", "http://").startswith(("http://", "https://")):
-        raise LocationError(f"{location}: endpoint_url must begin with http:// or https://")
-    store = Store(**{**options, "anonymous": options.get("anonymous") == "true"})  # type: ignore[arg-type]
-    return S3Location(store, parts.netloc, parts.path.strip("/"))
 
 
 def read(location: str, name: str, start: int, stop: int | None, counts: ReadCounts) -> bytes:
@@ -128,7 +62,7 @@ def find(location: str, name: str, counts: ReadCounts) -> Found | None:
         try:  # a GET of one byte: the answer to a HEAD has no body that could tell what is wrong
             answer = _get(where, name, Range="bytes=0-0")
         except ClientError as error:
-            code = _code(error)
+            code = error_code(error)
             if code == "InvalidRange":  # there is no byte 0, so no sha256 is worth asking for either
                 return Found(0, {})
             if code in ("NoSuchKey", "404"):
@@ -174,7 +108,7 @@ def upload(location: str, name: str, path: Path, sha256: str, advance: Callable[
     # The CRT client ignores endpoint_url and goes to AWS (boto/boto3#4839).
     transfer = TransferConfig(multipart_threshold=2**26, multipart_chunksize=2**24, max_concurrency=4)
     transfer.preferred_transfer_client = "classic"
-    client = _client(where, attempts=MAX_ATTEMPTS)  # which repeats each request
+    store = client(where, attempts=MAX_ATTEMPTS)  # which repeats each request
     for failures in range(1, UPLOAD_ATTEMPTS + 1):
         sent: list[int] = []
 
@@ -183,7 +117,7 @@ def upload(location: str, name: str, path: Path, sha256: str, advance: Callable[
             advance(num_bytes)
 
         try:
-            client.upload_file(
+            store.upload_file(
                 str(path), where.bucket, where.key(name), {"Metadata": {"sha256": sha256}}, count, transfer
             )
             return
@@ -192,7 +126,7 @@ def upload(location: str, name: str, path: Path, sha256: str, advance: Callable[
             wrapped = isinstance(error, S3UploadFailedError) and error.__context__ is not None
             cause = error.__context__ if wrapped else error
             assert cause is not None
-            final = _final_error(cause, where, name)
+            final = final_error(cause, where, name)
             if final or failures == UPLOAD_ATTEMPTS:
                 raise final or OSError(f"{where.address(name)}: could not be written: {cause}") from error
             advance(-sum(sent))
@@ -229,7 +163,7 @@ class _Reading:
         try:
             answer = _get(where, self._name, **wanted)
         except ClientError as error:
-            if _code(error) != "InvalidRange":
+            if error_code(error) != "InvalidRange":
                 raise
             raise OSError(f"{address}: expected a byte {position}, the object ends before it") from error
         if answer["ContentLength"] == 0 and not wanted:
@@ -253,7 +187,7 @@ class _Reading:
         """
         place, etag = _place(answer, address), answer.get("ETag")
         if self._etag not in (None, etag):
-            raise _changed(address)
+            raise changed(address)
         self._etag = etag
         self._stop = place.total if self._stop is None else self._stop
         if self._stop > place.total:
@@ -267,9 +201,9 @@ class _Reading:
 
 
 def _get(where: S3Location, name: str, **request: str) -> Any:
-    client = _client(where)
+    store = client(where)
     try:
-        answer = client.get_object(Bucket=where.bucket, Key=where.key(name), **request)
+        answer = store.get_object(Bucket=where.bucket, Key=where.key(name), **request)
     except ValueError as error:
         raise ConnectionError(f"a header was cut short: {error}") from error
     if "ContentLength" not in answer:
@@ -278,7 +212,7 @@ def _get(where: S3Location, name: str, **request: str) -> Any:
 
 
 def _list(where: S3Location, request: dict[str, Any]) -> Any:
-    answer = _client(where).list_objects_v2(**request)
+    answer = client(where).list_objects_v2(**request)
     if "IsTruncated" not in answer:
         raise ConnectionError("the answer was cut short")
     return answer
@@ -322,7 +256,7 @@ def _retried(
             try:
                 return attempt(counts) if progress else attempt()
             except (BotoCoreError, ClientError, HTTPError, ConnectionError, TimeoutError) as error:
-                final = _final_error(error, where, name)
+                final = final_error(error, where, name)
                 if final:
                     raise final from error
                 now = progress() if progress else 0
@@ -330,7 +264,7 @@ def _retried(
                 if failures == MAX_ATTEMPTS:
                     raise OSError(
                         f"{where.address(name)}: {MAX_ATTEMPTS} attempts in a row brought nothing, the last: {error}; "
-                        f"check that the store at {_endpoint(where)} is up and reachable from here"
+                        f"check that the store at {endpoint(where)} is up and reachable from here"
                     ) from error
                 if failures >= 4:
                     _log.warning("%s: attempt %d of %d: %s", where.address(name), failures, MAX_ATTEMPTS, error)
@@ -343,109 +277,3 @@ def _retried(
 
 def _pause_seconds(failures: int) -> float:
     return _jitter.uniform(0.5, 1) * min(0.125 * 2.0**failures, 15.0)
-
-
-# What a store may say, and what then is to be checked.
-_REFUSALS = {
-    "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID or the profile",
-    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or the profile",
-    "ExpiredToken": "the credentials have expired; get new ones",
-    "InvalidToken": "the session token is wrong; check AWS_SESSION_TOKEN or the profile",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
-}
-_TRANSIENT_CODES = {"RequestTimeout", "RequestTimeoutException", "SlowDown", "Throttling", "ThrottlingException"}
-_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
-
-
-def _final_error(error: BaseException, where: S3Location, name: str) -> OSError | None:
-    """What to tell the user of a failure that another attempt would not mend; None for one that it may."""
-    from botocore import exceptions
-    from botocore.parsers import ResponseParserError
-
-    address = where.address(name)
-    if isinstance(error, exceptions.ClientError):
-        return _refusal(error, where, address)
-    if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return OSError(f"{address}: {error}; name the certificates to trust in AWS_CA_BUNDLE")
-    credentials = (
-        exceptions.NoCredentialsError,
-        exceptions.PartialCredentialsError,
-        exceptions.CredentialRetrievalError,
-        exceptions.ProfileNotFound,
-        exceptions.TokenRetrievalError,
-        exceptions.SSOError,
-    )
-    if isinstance(error, credentials):
-        return PermissionError(
-            f"{address}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile (AWS_PROFILE, or "
-            f"?profile=NAME after the location), or read a public bucket with ?anonymous=true"
-        )
-    passing = (exceptions.HTTPClientError, exceptions.IncompleteReadError, ResponseParserError)
-    if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, passing):
-        return OSError(f"{address}: {error}; check bucket, region and endpoint")
-    return None
-
-
-def _refusal(error: Any, where: S3Location, address: str) -> OSError | None:
-    code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
-    said = f"{code}: {error.response['Error'].get('Message') or 'no message'}"
-    if code in _TRANSIENT_CODES or (status in _TRANSIENT_STATUS and code not in _REFUSALS):
-        return None
-    if code == "NoSuchBucket":
-        return FileNotFoundError(
-            f"{address}: there is no bucket {where.bucket} at {_endpoint(where)}; check its name and the endpoint"
-        )
-    if status == 404:
-        return FileNotFoundError(f"{address}: not found; check the prefix, or upload the set again")
-    if code in _REFUSALS:
-        return PermissionError(f"{address}: {_REFUSALS[code]} ({said})")
-    if status in (401, 403):
-        who = "requests without credentials (anonymous)" if where.store.anonymous else "these credentials"
-        return PermissionError(
-            f"{address}: the store does not allow this to {who}; check credentials, profile and the rights to the "
-            f"bucket (reading needs s3:GetObject and s3:ListBucket, uploading s3:PutObject) ({said})"
-        )
-    if status == 412:
-        return _changed(address)
-    return OSError(f"{address}: {said} (status {status}); check bucket, region and endpoint")
-
-
-def _code(error: Any) -> str:
-    return str(error.response["Error"].get("Code", "unknown"))
-
-
-def _changed(address: str) -> OSError:
-    return OSError(f"{address}: was replaced while it was read; open the set again")
-
-
-def _endpoint(where: S3Location) -> str:
-    return str(_client(where).meta.endpoint_url)
-
-
-def _client(where: S3Location, attempts: int = 1) -> Any:
-    """This process's client: one that was made before a fork is of no use in the child."""
-    return _client_of(os.getpid(), where.store, attempts)
-
-
-@functools.cache
-def _client_of(pid: int, store: Store, attempts: int) -> Any:
-    import boto3
-    import botocore
-    from botocore.config import Config
-
-    options: dict[str, Any] = {"signature_version": botocore.UNSIGNED if store.anonymous else "s3v4"}
-    if store.addressing_style:  # botocore's own choice: path for a custom endpoint, virtual for AWS
-        options["s3"] = {"addressing_style": store.addressing_style}
-    if store.endpoint_url or {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & os.environ.keys():
-        # Stores other than AWS may know no checksums; ours are the sha256 of the manifest.
-        options["request_checksum_calculation"] = options["response_checksum_validation"] = "when_required"
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        max_pool_connections=32,
-        connect_timeout=CONNECT_TIMEOUT_SECONDS,
-        read_timeout=READ_TIMEOUT_SECONDS,
-        tcp_keepalive=True,
-        **options,
-    )
-    session = boto3.session.Session(profile_name=store.profile, region_name=store.region)
-    return session.client("s3", endpoint_url=store.endpoint_url, config=config)

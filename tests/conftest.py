@@ -97,7 +97,7 @@ def s3_server(tmp_path_factory):
 
 
 @pytest.fixture
-def s3_store(s3_server, monkeypatch):
+def s3_bucket(s3_server, monkeypatch):
     """Function that makes a new bucket and returns its location; the environment holds credentials for it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -107,18 +107,20 @@ def s3_store(s3_server, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
-    from pipeline import s3
+    from pipeline import s3_store
 
-    s3._client_of.cache_clear()  # they hold the credentials of the test before
+    s3_store.client_of.cache_clear()  # they hold the credentials of the test before
 
     def new_bucket() -> str:
         bucket = f"b{secrets.token_hex(6)}"
         location = f"s3://{bucket}/set?endpoint_url=http://127.0.0.1:{s3_server.port}"
-        s3._client(s3.parse(location), attempts=5).create_bucket(Bucket=bucket)  # slow after the gateway was killed
+        s3_store.client(s3_store.parse(location), attempts=5).create_bucket(
+            Bucket=bucket
+        )  # slow after the gateway was killed
         return location
 
     yield new_bucket
-    s3._client_of.cache_clear()
+    s3_store.client_of.cache_clear()
 
 
 @pytest.fixture

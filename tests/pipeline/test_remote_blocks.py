@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import s3, shard_file, shards
+from pipeline import s3, s3_store, shard_file, shards
 from pipeline.block_cache import BlockCache
 from pipeline.blocks import MAX_FETCHES, Blocks
 from pipeline.loader import Loader
@@ -40,9 +40,9 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture
-def remote(local, s3_store):
+def remote(local, s3_bucket):
     """Location of the same set in the store."""
-    location = s3_store()
+    location = s3_bucket()
     for name in [*(shard.name for shard in local.manifest.shards), "index.safetensors", "manifest.json"]:
         put(location, name, open_bytes(local, name))
     return location
@@ -56,7 +56,7 @@ def cache(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(s3, "_pause_seconds", lambda failures: 0.01)
-    monkeypatch.setattr(s3, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(s3_store, "READ_TIMEOUT_SECONDS", 0.5)
 
 
 def open_bytes(local, name):
@@ -65,8 +65,8 @@ def open_bytes(local, name):
 
 
 def put(location, name, data):
-    where = s3.parse(location)
-    s3._client(where).put_object(Bucket=where.bucket, Key=where.key(name), Body=data)
+    where = s3_store.parse(location)
+    s3_store.client(where).put_object(Bucket=where.bucket, Key=where.key(name), Body=data)
 
 
 def read_epoch(blocks, epoch=0, seed=0, batch=16):
@@ -94,13 +94,13 @@ def test_samples_are_those_of_the_local_set_and_each_block_comes_once(local, rem
     assert images == expected and (counts.requests, counts.cache_misses, counts.blocks_verified) == (0, 0, 40)
 
 
-def test_another_set_of_the_same_names_does_not_answer_from_the_cache(local, remote, cache, s3_store, tmp_path):
+def test_another_set_of_the_same_names_does_not_answer_from_the_cache(local, remote, cache, s3_bucket, tmp_path):
     """Stock caches that go by file name give training images for a validation set."""
     tree = Path(local.location).parent / "tree"
     plan = shards.plan(list_source(tree), image_size=16, encoding="raw", samples_per_shard=60, seed=9)
     (tmp_path / "other").mkdir()
     other = shards.build(plan, tmp_path / "other").shard_set
-    location = s3_store()
+    location = s3_bucket()
     for path in (tmp_path / "other").iterdir():
         put(location, path.name, path.read_bytes())
     read_epoch(Blocks(open_shard_set(remote), cache))
@@ -150,9 +150,9 @@ def test_a_damaged_shard_names_shard_block_expected_and_got(local, remote, cache
 
 @pytest.mark.parametrize("fault", ["missing", "cut"])
 def test_a_missing_or_cut_shard_is_named(local, remote, cache, fault):
-    name, where = local.manifest.shards[1].name, s3.parse(remote)
+    name, where = local.manifest.shards[1].name, s3_store.parse(remote)
     if fault == "missing":
-        s3._client(where).delete_object(Bucket=where.bucket, Key=where.key(name))
+        s3_store.client(where).delete_object(Bucket=where.bucket, Key=where.key(name))
         expected = "cannot be read: .*not found; check"
     else:
         put(remote, name, open_bytes(local, name)[:-20_000])
@@ -220,8 +220,8 @@ def test_batches_of_a_remote_set_are_those_of_the_local_one(local, remote, cache
 
 
 def test_a_failure_in_a_worker_reaches_the_training_loop(local, remote, cache):
-    name, where = local.manifest.shards[1].name, s3.parse(remote)
-    s3._client(where).delete_object(Bucket=where.bucket, Key=where.key(name))
+    name, where = local.manifest.shards[1].name, s3_store.parse(remote)
+    s3_store.client(where).delete_object(Bucket=where.bucket, Key=where.key(name))
     loader = Loader(open_shard_set(remote), image_size=16, seed=3, global_batch_size=24, num_workers=2, cache=cache)
     with pytest.raises(ShardSetError, match=f"{name}: block .* cannot be read: .*not found"):
         for _ in zip(loader.batches(), range(10), strict=False):

@@ -8,16 +8,16 @@ import time
 
 import pytest
 
-from pipeline import object_store, s3
+from pipeline import object_store, s3, s3_store
 from pipeline.read_counts import ReadCounts
 
 DATA = random.Random(0).randbytes(3_000_000)
 
 
 @pytest.fixture
-def store(s3_store):
+def store(s3_bucket):
     """Location that holds an object x.bin with the bytes DATA, an empty one, and one deeper down."""
-    location = s3_store()
+    location = s3_bucket()
     put(location, "x.bin", DATA)
     put(location, "empty", b"")
     put(location, "deeper/y.bin", b"y")
@@ -28,12 +28,12 @@ def store(s3_store):
 def quick(monkeypatch):
     """Pauses and time-outs that suit a server on the loopback."""
     monkeypatch.setattr(s3, "_pause_seconds", lambda failures: 0.01)
-    monkeypatch.setattr(s3, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(s3_store, "READ_TIMEOUT_SECONDS", 0.5)
 
 
 def put(location, name, data):
-    where = s3.parse(location)
-    s3._client(where).put_object(Bucket=where.bucket, Key=where.key(name), Body=data)
+    where = s3_store.parse(location)
+    s3_store.client(where).put_object(Bucket=where.bucket, Key=where.key(name), Body=data)
 
 
 def answer(status, body, *headers):
@@ -46,15 +46,17 @@ def answer(status, body, *headers):
 
 
 def test_a_location_names_bucket_prefix_and_store():
-    where = s3.parse("s3://b/a/set/?endpoint_url=https://h:1&region=r&profile=p&addressing_style=path&anonymous=true")
+    where = s3_store.parse(
+        "s3://b/a/set/?endpoint_url=https://h:1&region=r&profile=p&addressing_style=path&anonymous=true"
+    )
     assert (where.bucket, where.prefix, where.key("x"), where.address("x")) == (
         "b",
         "a/set",
         "a/set/x",
         "s3://b/a/set/x",
     )
-    assert where.store == s3.Store("https://h:1", "r", "p", "path", True)
-    assert s3.parse("s3://b").key("x") == "x"
+    assert where.store == s3_store.Store("https://h:1", "r", "p", "path", True)
+    assert s3_store.parse("s3://b").key("x") == "x"
     assert object_store.join("s3://b/set?region=r", "x") == "s3://b/set/x"
 
 
@@ -91,7 +93,7 @@ def test_the_address_of_an_object(query, url):
     def catch(request, **_):
         raise Sent(request.url)
 
-    client = s3._client(s3.parse(f"s3://bucket/?region=eu-west-1&anonymous=true{query}"))
+    client = s3_store.client(s3_store.parse(f"s3://bucket/?region=eu-west-1&anonymous=true{query}"))
     client.meta.events.register("before-send.s3", catch)
     with pytest.raises(Sent) as sent:
         client.get_object(Bucket="bucket", Key="k")
@@ -100,9 +102,9 @@ def test_the_address_of_an_object(query, url):
 
 def test_the_aws_variables_name_the_store(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere:1")
-    s3._client_of.cache_clear()
-    client = s3._client(s3.parse("s3://b/set"))
-    s3._client_of.cache_clear()
+    s3_store.client_of.cache_clear()
+    client = s3_store.client(s3_store.parse("s3://b/set"))
+    s3_store.client_of.cache_clear()
     assert client.meta.endpoint_url == "http://elsewhere:1"
     assert client.meta.config.request_checksum_calculation == "when_required"
 
@@ -148,7 +150,7 @@ def test_a_read_costs_one_request_and_its_bytes(store):
 @pytest.mark.s3
 def test_wrong_buckets_and_credentials_fail_at_once(store, monkeypatch):
     def failure(location):
-        s3._client_of.cache_clear()
+        s3_store.client_of.cache_clear()
         begin = time.monotonic()
         with pytest.raises(OSError) as caught:
             object_store.exists(location, "manifest.json")
@@ -307,15 +309,15 @@ def test_bytes_from_another_place_are_refused(store, fault_proxy, content_range)
 @pytest.mark.s3
 def test_a_fork_makes_a_client_of_its_own(store):
     assert object_store.read_range(store, "x.bin", 0, 3) == DATA[:3]
-    ours = id(s3._client(s3.parse(store)))
+    ours = id(s3_store.client(s3_store.parse(store)))
     with multiprocessing.get_context("fork").Pool(1) as pool:
         theirs, data = pool.apply(_read_in_child, (store,))
     assert theirs != ours and data == DATA[3:6]
-    assert id(s3._client(s3.parse(store))) == ours  # and a second call makes none
+    assert id(s3_store.client(s3_store.parse(store))) == ours  # and a second call makes none
 
 
 def _read_in_child(location):
-    return id(s3._client(s3.parse(location))), object_store.read_range(location, "x.bin", 3, 6)
+    return id(s3_store.client(s3_store.parse(location))), object_store.read_range(location, "x.bin", 3, 6)
 
 
 @pytest.mark.s3

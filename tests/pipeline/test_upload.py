@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from launch import shards as command
-from pipeline import object_store, s3
+from pipeline import object_store, s3, s3_store
 from pipeline.manifest import ShardSetError, open_shard_set
 from pipeline.upload import upload
 from pipeline.verify import verify
@@ -19,8 +19,8 @@ def test_needs_an_s3_address(tiny_shards, tmp_path):
         upload(tiny_shards, str(tmp_path))
 
 
-def test_what_arrives_is_the_set(tiny_shards, s3_store):
-    location = s3_store()
+def test_what_arrives_is_the_set(tiny_shards, s3_bucket):
+    location = s3_bucket()
     report = upload(tiny_shards, location)
     total = sum((tiny_shards / name).stat().st_size for name in NAMES)
     assert (report.sent_files, report.sent_bytes, report.kept_files) == (5, total, 0)
@@ -31,21 +31,23 @@ def test_what_arrives_is_the_set(tiny_shards, s3_store):
     assert verify(location) == []
 
 
-def test_what_is_there_and_equal_is_kept(tiny_shards, s3_store):
-    location = s3_store()
+def test_what_is_there_and_equal_is_kept(tiny_shards, s3_bucket):
+    location = s3_bucket()
     upload(tiny_shards, location)
-    where = s3.parse(location)
-    s3._client(where).delete_object(Bucket=where.bucket, Key=where.key("shard-000000.tar"))
+    where = s3_store.parse(location)
+    s3_store.client(where).delete_object(Bucket=where.bucket, Key=where.key("shard-000000.tar"))
     other = bytearray((tiny_shards / "shard-000001.tar").read_bytes())
-    s3._client(where).put_object(Bucket=where.bucket, Key=where.key("shard-000001.tar"), Body=bytes(other))  # no sha256
+    s3_store.client(where).put_object(
+        Bucket=where.bucket, Key=where.key("shard-000001.tar"), Body=bytes(other)
+    )  # no sha256
     report = upload(tiny_shards, location)
     assert (report.sent_files, report.kept_files) == (2, 3)
     assert (upload(tiny_shards, location).sent_files, verify(location)) == (0, [])
 
 
-def test_the_manifest_goes_last(tiny_shards, s3_store, tmp_path):
+def test_the_manifest_goes_last(tiny_shards, s3_bucket, tmp_path):
     """A copy that fails in the middle is no set; the same command again finishes it."""
-    location = s3_store()
+    location = s3_bucket()
     shutil.copytree(tiny_shards, tmp_path / "set")
     shard = tmp_path / "set/shard-000002.tar"
     data = bytearray(shard.read_bytes())
@@ -60,17 +62,17 @@ def test_the_manifest_goes_last(tiny_shards, s3_store, tmp_path):
     assert verify(location) == []
 
 
-def test_another_set_is_not_written_over(tiny_shards, s3_store):
-    location = s3_store()
-    where = s3.parse(location)
-    s3._client(where).put_object(Bucket=where.bucket, Key=where.key("manifest.json"), Body=b"{}")
+def test_another_set_is_not_written_over(tiny_shards, s3_bucket):
+    location = s3_bucket()
+    where = s3_store.parse(location)
+    s3_store.client(where).put_object(Bucket=where.bucket, Key=where.key("manifest.json"), Body=b"{}")
     with pytest.raises(ShardSetError, match=r"holds another set \(dataset id 44136fa355b3, .*choose another prefix"):
         upload(tiny_shards, location)
     assert object_store.list_names(location) == ["manifest.json"]
 
 
-def test_large_files_go_in_parts_and_through_faults(tmp_path, s3_store, fault_proxy):
-    location = s3_store()
+def test_large_files_go_in_parts_and_through_faults(tmp_path, s3_bucket, fault_proxy):
+    location = s3_bucket()
     through, proxy = fault_proxy(location, iter([(503, "SlowDown"), ("close", 100), (500, "InternalError")]))
     (tmp_path / "x.bin").write_bytes(bytes(range(256)) * 2**18 + b"end")  # 64 MiB and a little
     sent = []
@@ -80,8 +82,8 @@ def test_large_files_go_in_parts_and_through_faults(tmp_path, s3_store, fault_pr
     assert any("partNumber=5" in line for line, _ in proxy.requests)
 
 
-def test_the_command_uploads_shows_and_verifies(tiny_shards, s3_store, capsys, monkeypatch):
-    location = s3_store()
+def test_the_command_uploads_shows_and_verifies(tiny_shards, s3_bucket, capsys, monkeypatch):
+    location = s3_bucket()
     assert command.main(["upload", str(tiny_shards), location, "--workers", "2"]) == 0
     assert "sent 5 file(s)" in (output := capsys.readouterr().out) and "MB/s" in output
     assert command.main(["show", location]) == command.main(["show", str(tiny_shards)]) == 0
@@ -89,14 +91,14 @@ def test_the_command_uploads_shows_and_verifies(tiny_shards, s3_store, capsys, m
     assert there.strip() == here.strip()
     assert command.main(["verify", location]) == 0
     assert f"{location}: sound; 3 shard(s)" in capsys.readouterr().out
-    where = s3.parse(location)
+    where = s3_store.parse(location)
     data = bytearray((tiny_shards / "shard-000001.tar").read_bytes())
     data[700] ^= 1
-    s3._client(where).put_object(Bucket=where.bucket, Key=where.key("shard-000001.tar"), Body=bytes(data))
+    s3_store.client(where).put_object(Bucket=where.bucket, Key=where.key("shard-000001.tar"), Body=bytes(data))
     assert command.main(["verify", location]) == 1
     assert "shard-000001.tar: block 1, bytes" in capsys.readouterr().err
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3._client_of.cache_clear()
+    s3_store.client_of.cache_clear()
     for arguments in (["upload", str(tiny_shards), location], ["show", location], ["verify", location]):
         assert command.main(arguments) == 1
         (line,) = capsys.readouterr().err.splitlines()
