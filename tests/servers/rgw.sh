@@ -11,7 +11,11 @@ export CEPH_CONF=$dir/ceph.conf CEPH_ARGS=
 
 wait_for() {  # SECONDS COMMAND...: until the command succeeds
     local tries=$(($1 * 5)); shift
-    for ((i = 0; i < tries; i++)); do "$@" && return; sleep 0.2; done
+    for ((i = 0; i < tries; i++)); do
+        "$@" && return
+        [[ -d $dir ]] || break  # `down` came in between
+        sleep 0.2
+    done
     echo "error: timed out waiting for: $*; the logs are in $dir/log" >&2
     return 1
 }
