@@ -1,8 +1,12 @@
-"""Builds, shows and verifies shard sets.
+"""Builds, uploads, shows and verifies shard sets.
 
 python launch/shards.py build --source ILSVRC2012_img_train.tar --destination shards/imagenet128 --size 128
+python launch/shards.py upload shards/imagenet128 s3://bucket/imagenet128
 python launch/shards.py show shards/imagenet128
-python launch/shards.py verify shards/imagenet128
+python launch/shards.py verify s3://bucket/imagenet128
+
+The store of an s3:// address is that of the usual AWS variables and files, or is named in the address:
+"s3://bucket/prefix?endpoint_url=https://host&region=R&profile=P&addressing_style=path&anonymous=true".
 """
 
 import argparse
@@ -17,8 +21,10 @@ import numpy as np
 from pipeline import shards
 from pipeline.ground_truth import LabelError
 from pipeline.manifest import Manifest, ShardSet, ShardSetError, open_shard_set
+from pipeline.object_store import LocationError
 from pipeline.sources import SourceError, list_source
 from pipeline.tars import TarError
+from pipeline.upload import upload
 from pipeline.verify import verify
 from pipeline.workers import WorkerError
 
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (SourceError, LabelError, TarError, shards.BuildError, ShardSetError, WorkerError) as error:
+    except (SourceError, LabelError, TarError, shards.BuildError, ShardSetError, LocationError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}; what is finished stays, the same command goes on from there", file=sys.stderr)
@@ -39,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shards.py", description="Builds, shows and verifies sets of image shards.")
+    parser = argparse.ArgumentParser(
+        prog="shards.py", description="Builds, uploads, shows and verifies sets of image shards."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser(
@@ -96,12 +104,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.set_defaults(run=_build)
 
+    send = commands.add_parser(
+        "upload",
+        help="copy a set to object storage",
+        description="Copies a set to object storage, the manifest last. Run the same command again after an "
+        "interruption: what is there and equal is kept. The store is that of the usual AWS variables and files, or is "
+        'named in the address: "s3://bucket/prefix?endpoint_url=https://host&region=R&profile=P'
+        '&addressing_style=path&anonymous=true".',
+    )
+    send.add_argument("set", type=Path, metavar="DIR")
+    send.add_argument("destination", metavar="S3_ADDRESS", help="s3://bucket/prefix")
+    send.add_argument("--workers", type=_at_least(1), default=8, metavar="N", help="files sent at once; default 8")
+    send.set_defaults(run=_upload)
+
     show = commands.add_parser("show", help="print what is in a set")
-    show.add_argument("set", metavar="DIR")
+    show.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
     show.set_defaults(run=_show)
 
     check = commands.add_parser("verify", help="hash everything in a set again")
-    check.add_argument("set", metavar="DIR")
+    check.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
     check.set_defaults(run=_verify)
     return parser
 
@@ -142,6 +163,16 @@ def _build(options: argparse.Namespace) -> int:
             f"{report.built_shards:,} shard(s) built, {report.kept_shards:,} kept\n"
         )
     print(describe(report.shard_set))
+    return 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    report = upload(options.set, options.destination, options.workers)
+    print(
+        f"sent {report.sent_files:,} file(s), {report.sent_bytes:,} bytes in {report.seconds:,.1f} s "
+        f"({report.sent_bytes / 1e6 / report.seconds:,.1f} MB/s); {report.kept_files:,} were there and equal\n"
+        f"{options.destination}: dataset id {report.shard_set.dataset_id}"
+    )
     return 0
 
 

@@ -36,10 +36,14 @@ class RunConfig:
 class DataConfig:
     """Where the shards are and how they are read."""
 
-    shards: str  # directory that holds manifest.json
+    shards: (
+        str  # directory that holds manifest.json, or s3://bucket/prefix; `pipeline.s3_store` tells how to name a store
+    )
     horizontal_flip: bool = False  # mirrors half of the images, another half each epoch
     num_workers: NonNegativeInt = 2  # decoding processes per rank; 0 decodes in the training process
     prefetch_batches: PositiveInt = 4  # batches each worker prepares ahead
+    cache_dir: str | None = None  # local disk for blocks of a remote set; null: sagan-blocks-UID where TMPDIR says
+    cache_bytes: PositiveInt = 50_000_000_000  # of it, for all processes of a node together
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class Config:
 FREE_TO_CHANGE = frozenset(
     {
         "run.name", "run.dir", "run.device", "run.deterministic", "run.expected_world_size", "run.accept_changes",
-        "data.shards", "data.num_workers", "data.prefetch_batches",
+        "data.shards", "data.num_workers", "data.prefetch_batches", "data.cache_dir", "data.cache_bytes",
         "train.steps", "train.log_every_steps", "train.sample_every_steps", "train.checkpoint_every_steps",
         "train.keep_checkpoints", "train.channels_last",
         "health.on_non_finite", "health.max_rollbacks", "health.stall_seconds",

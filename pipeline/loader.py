@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.ahead import prepare_ahead, start_fork_server
-from pipeline.blocks import ReadCounts
+from pipeline.block_cache import BlockCache
 from pipeline.manifest import ShardSet, ShardSetError
 from pipeline.order import Int64, Plan, flips, rank_rows
+from pipeline.read_counts import ReadCounts
 from pipeline.samples import SampleReader
 
 
@@ -37,7 +38,7 @@ class Loader:
 
     Attributes:
         plan: Order of the samples.
-        counts: Bytes read and blocks verified for the batches handed out so far.
+        counts: What reading the batches handed out so far has cost.
 
     Args:
         shard_set: The opened set.
@@ -51,6 +52,7 @@ class Loader:
         prefetch_batches: Batches that each worker prepares ahead.
         horizontal_flip: Whether `Batch.flip` marks half of the images, others in each epoch, or none.
         pin_memory: Whether images come in page-locked memory, for copies to a CUDA device.
+        cache: Where blocks of a remote set are kept on this node.
 
     Raises:
         ValueError: The set holds images of another size, or too few; or the ranks do not share the batch evenly.
@@ -70,6 +72,7 @@ class Loader:
         prefetch_batches: int = 2,
         horizontal_flip: bool = False,
         pin_memory: bool = False,
+        cache: BlockCache | None = None,
     ) -> None:
         manifest = shard_set.manifest
         if manifest.image_size not in (None, image_size):
@@ -80,7 +83,7 @@ class Loader:
         self.plan = Plan(shard_set.index.block_first_sample, seed, global_batch_size, accumulation_steps)
         self.counts = ReadCounts()
         rows = rank_rows(global_batch_size, accumulation_steps, rank, world_size)
-        self._batches = _Batches(shard_set, self.plan, rows, image_size, horizontal_flip)
+        self._batches = _Batches(shard_set, self.plan, rows, image_size, horizontal_flip, cache)
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
         self._pin_memory = pin_memory
@@ -127,8 +130,16 @@ class _Item(NamedTuple):
 class _Batches(Dataset["_Item | ShardSetError"]):
     """Item k is batch k, decoded; or why it cannot be had, as a value: raised in a worker it would lose its message."""
 
-    def __init__(self, shard_set: ShardSet, plan: Plan, rows: Int64, image_size: int, horizontal_flip: bool) -> None:
-        self._samples = SampleReader(shard_set, image_size)
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        plan: Plan,
+        rows: Int64,
+        image_size: int,
+        horizontal_flip: bool,
+        cache: BlockCache | None,
+    ) -> None:
+        self._samples = SampleReader(shard_set, image_size, cache)
         self._labels = shard_set.index.sample_label
         self._plan, self._rows, self._horizontal_flip = plan, rows, horizontal_flip
 
@@ -144,7 +155,11 @@ class _Batches(Dataset["_Item | ShardSetError"]):
 
 
 def read_in_order(
-    shard_set: ShardSet, image_size: int, batches: Sequence[range], num_workers: int = 0
+    shard_set: ShardSet,
+    image_size: int,
+    batches: Sequence[range],
+    num_workers: int = 0,
+    cache: BlockCache | None = None,
 ) -> Iterator[Tensor]:
     """Yields the images of each batch, (n, 3, image_size, image_size) uint8, verified and decoded ahead of use.
 
@@ -153,11 +168,12 @@ def read_in_order(
         image_size: Side in pixels; images of original size are cropped and resized to it.
         batches: Sample ids of each batch.
         num_workers: Decoding processes; 0 decodes in the calling process.
+        cache: Where blocks of a remote set are kept on this node.
 
     Raises:
         ShardSetError: When the turn of a batch comes whose data is missing or damaged.
     """
-    for item in prepare_ahead(_Ranges(shard_set, image_size, batches), num_workers=num_workers):
+    for item in prepare_ahead(_Ranges(shard_set, image_size, batches, cache), num_workers=num_workers):
         if isinstance(item, ShardSetError):
             raise item
         yield item
@@ -166,8 +182,8 @@ def read_in_order(
 class _Ranges(Dataset["Tensor | ShardSetError"]):
     """Item k is the images of range k; or why they cannot be had."""
 
-    def __init__(self, shard_set: ShardSet, image_size: int, ranges: Sequence[range]) -> None:
-        self._samples, self._ranges = SampleReader(shard_set, image_size), ranges
+    def __init__(self, shard_set: ShardSet, image_size: int, ranges: Sequence[range], cache: BlockCache | None):
+        self._samples, self._ranges = SampleReader(shard_set, image_size, cache), ranges
 
     def __len__(self) -> int:
         return len(self._ranges)

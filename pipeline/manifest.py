@@ -257,8 +257,15 @@ def open_shard_set(location: str) -> ShardSet:
         location: directory, or s3://bucket/prefix.
 
     Raises:
-        ShardSetError: no finished set there, damaged, or of another version.
+        ShardSetError: no finished set there, damaged, of another version, or not to be reached.
     """
+    try:
+        return _open(location)
+    except (OSError, object_store.LocationError) as error:
+        raise ShardSetError(str(error)) from error
+
+
+def _open(location: str) -> ShardSet:
     if not object_store.exists(location, MANIFEST_NAME):
         raise ShardSetError(
             f"{location} holds no {MANIFEST_NAME}, so it is no finished shard set; check the path, or make it with "

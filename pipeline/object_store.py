@@ -1,6 +1,8 @@
-"""The one door to the bytes of a shard set: a set lives at a *location* (a directory) and its files go by name.
+"""The one door to the bytes of a shard set: a set lives at a *location* and its files go by name.
 
+A location is a directory, or s3://bucket/prefix (`pipeline.s3_store` tells how to say which store).
 Failures are the built-in `OSError` kinds (`FileNotFoundError`, `PermissionError`, ...); each message names the file.
+A location that cannot be one is a `LocationError`. What is given `counts` adds its cost to them.
 """
 
 import os
@@ -8,42 +10,71 @@ from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
+from pipeline import s3, s3_store
+from pipeline.read_counts import ReadCounts
+from pipeline.s3_store import LocationError as LocationError
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is in object storage."""
+    return location.startswith(s3_store.SCHEME)
+
 
 def join(location: str, name: str) -> str:
-    """Full address of the file `name` of a set, for messages and for tools that take one address."""
+    """Full address of the file `name` of a set, for messages."""
+    if is_remote(location):
+        return s3_store.parse(location).address(name)
     return str(_directory(location) / name)
 
 
 def read_bytes(location: str, name: str) -> bytes:
     """Whole content of one file."""
+    if is_remote(location):
+        return s3.read(location, name, 0, None, ReadCounts())
     with _open(location, name) as file:
         return file.read()
 
 
-def read_range(location: str, name: str, start: int, stop: int) -> bytes:
+def read_range(location: str, name: str, start: int, stop: int, counts: ReadCounts | None = None) -> bytes:
     """Bytes [start, stop) of one file; fewer than asked for is an `OSError`, never a short answer."""
-    return read_ranges(location, name, [(start, stop)])[0]
+    return read_ranges(location, name, [(start, stop)], counts)[0]
 
 
-def read_ranges(location: str, name: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-    """Several byte ranges [start, stop) of one file, each as `read_range`, for one opening of the file."""
+def read_ranges(
+    location: str, name: str, ranges: Iterable[tuple[int, int]], counts: ReadCounts | None = None
+) -> list[bytes]:
+    """Several byte ranges [start, stop) of one file, each as `read_range`; one opening of a local file."""
+    counts = counts or ReadCounts()
+    if is_remote(location):
+        return [s3.read(location, name, start, stop, counts) for start, stop in ranges]
     with _open(location, name) as file:
-        return [_read_exactly(file, start, stop) for start, stop in ranges]
+        found = [_read_exactly(file, start, stop) for start, stop in ranges]
+    counts.bytes_read += sum(map(len, found))
+    return found
 
 
 def exists(location: str, name: str) -> bool:
-    """Whether the set has a file of this name."""
+    """Whether the set has a file of this name; a bucket that is missing or closed to us is an error."""
+    if is_remote(location):
+        return s3.find(location, name, ReadCounts()) is not None
     return (_directory(location) / name).is_file()
 
 
 def size(location: str, name: str) -> int:
     """Length of one file in bytes."""
+    if is_remote(location):
+        found = s3.find(location, name, ReadCounts())
+        if found is None:
+            raise FileNotFoundError(f"{join(location, name)}: not found; check the prefix, or upload the set again")
+        return found.size
     with _open(location, name) as file:
         return os.fstat(file.fileno()).st_size
 
 
 def list_names(location: str) -> list[str]:
     """Names of the files directly at `location`, sorted."""
+    if is_remote(location):
+        return s3.list_names(location, ReadCounts())
     try:
         return sorted(path.name for path in _directory(location).iterdir() if path.is_file())
     except OSError as error:
@@ -52,7 +83,7 @@ def list_names(location: str) -> list[str]:
 
 def _directory(location: str) -> Path:
     if "://" in location:
-        raise ValueError(f"{location}: only local directories can be read so far; copy the set to one")
+        raise LocationError(f"{location}: expected a directory or s3://bucket/prefix; copy the set to one of them")
     return Path(location)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline import images
 from pipeline.backend import World
 from pipeline.bar import Bar
+from pipeline.block_cache import BlockCache
 from pipeline.config import Config
 from pipeline.features import EvaluationError, Extractor, Float64
 from pipeline.loader import read_in_order
@@ -175,7 +176,8 @@ def compute(shard_set: ShardSet, extractor: Extractor, config: Config, world: Wo
     batches = [range(start, min(start + size, num_samples)) for start in mine]
     moments = Moments(extractor.num_features, world.device)
     with progress(world, num_samples, "reference statistics") as advance:
-        for pixels in read_in_order(shard_set, config.model.resolution, batches, config.data.num_workers):
+        cache = BlockCache(config.data.cache_dir, config.data.cache_bytes)
+        for pixels in read_in_order(shard_set, config.model.resolution, batches, config.data.num_workers, cache):
             moments.add(extractor(pixels.to(world.device))[0])
             advance(len(pixels))
     statistics = moments.reduce(world)

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from pipeline import images
-from pipeline.blocks import Blocks, ReadCounts
+from pipeline.block_cache import BlockCache
+from pipeline.blocks import Blocks
 from pipeline.manifest import Encoding, ShardSet, ShardSetError
 from pipeline.order import Int64
+from pipeline.read_counts import ReadCounts
 
 
 class SampleReader:
@@ -22,10 +24,11 @@ class SampleReader:
     Args:
         shard_set: The opened set.
         image_size: Side in pixels; images of original size are cropped and resized to it.
+        cache: Where blocks of a remote set are kept on this node.
     """
 
-    def __init__(self, shard_set: ShardSet, image_size: int) -> None:
-        self._blocks = Blocks(shard_set)
+    def __init__(self, shard_set: ShardSet, image_size: int, cache: BlockCache | None = None) -> None:
+        self._blocks = Blocks(shard_set, cache)
         self._encoding = shard_set.manifest.encoding
         self._image_size = image_size
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import checkpoint, sampling
 from pipeline.backend import Player, World, configure_determinism
+from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, to_dict, to_yaml
 from pipeline.health import NonFiniteError, arm_stall_watch, disarm_stall_watch
@@ -387,6 +388,7 @@ def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
         prefetch_batches=config.data.prefetch_batches,
         horizontal_flip=config.data.horizontal_flip,
         pin_memory=world.device.type == "cuda",
+        cache=BlockCache(config.data.cache_dir, config.data.cache_bytes),
     )
 
 

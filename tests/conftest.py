@@ -1,7 +1,15 @@
 """What all tests share: where the real data lies, and skips that count as failures where everything must run."""
 
+import contextlib
 import os
+import runpy
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +65,84 @@ def tiny_shards(tmp_path_factory) -> Path:
     (root / "shards").mkdir()
     shards.build(shards.plan(source, image_size=16, samples_per_shard=32), root / "shards")
     return root / "shards"
+
+
+S3_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "curl")
+S3_INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common curl"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real Ceph RGW, started once for all tests: an object with `port`, `kill()` and `start()` of its gateway."""
+    missing = [program for program in S3_PROGRAMS if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here; as root: {S3_INSTALL}")
+    directory = tmp_path_factory.mktemp("rgw") / "ceph"
+    script = str(REPO_ROOT / "tests/servers/rgw.sh")
+    port, monitor_port = _free_port(), _free_port()
+
+    def run(command: str) -> None:
+        arguments = [script, command, *map(str, (directory, port, monitor_port, os.getpid()))]
+        done = subprocess.run(arguments, capture_output=True, timeout=200)
+        assert done.returncode == 0, done.stderr.decode()
+
+    def kill() -> None:
+        os.kill(int((directory / "run/rgw.pid").read_text()), signal.SIGKILL)
+
+    try:
+        run("up")
+        yield SimpleNamespace(port=port, kill=kill, start=lambda: run("gateway"))
+    finally:
+        run("down")
+
+
+@pytest.fixture
+def s3_bucket(s3_server, monkeypatch):
+    """Function that makes a new bucket and returns its location; the environment holds credentials for it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret123")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    from pipeline import s3_store
+
+    s3_store.client_of.cache_clear()  # they hold the credentials of the test before
+
+    def new_bucket() -> str:
+        bucket = f"b{secrets.token_hex(6)}"
+        location = f"s3://{bucket}/set?endpoint_url=http://127.0.0.1:{s3_server.port}"
+        s3_store.client(s3_store.parse(location), attempts=5).create_bucket(
+            Bucket=bucket
+        )  # slow after the gateway was killed
+        return location
+
+    yield new_bucket
+    s3_store.client_of.cache_clear()
+
+
+@pytest.fixture
+def fault_proxy(s3_server):
+    """Function (location, faults) -> (the location through a proxy that breaks connections, the proxy)."""
+    module = runpy.run_path(str(REPO_ROOT / "tests/servers/fault_proxy.py"))
+    with contextlib.ExitStack() as proxies:
+
+        def through(location: str, faults) -> tuple[str, SimpleNamespace]:
+            plan = (("answer", module["error_answer"](*fault)) if _is_status(fault) else fault for fault in faults)
+            proxy = module["FaultProxy"](s3_server.port, plan)
+            proxies.callback(proxy.close)
+            return location.replace(f":{s3_server.port}", f":{proxy.port}"), proxy
+
+        yield through
+
+
+def _is_status(fault) -> bool:
+    return fault is not None and isinstance(fault[0], int)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -47,5 +47,5 @@ def test_a_missing_location_is_named(location):
 
 
 def test_addresses_that_cannot_be_read_are_refused(location):
-    with pytest.raises(ValueError, match="s3://bucket/set: only local directories"):
-        object_store.read_bytes("s3://bucket/set", "manifest.json")
+    with pytest.raises(object_store.LocationError, match="gs://bucket/set: expected a directory or s3://bucket/prefix"):
+        object_store.read_bytes("gs://bucket/set", "manifest.json")
