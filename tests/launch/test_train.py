@@ -108,6 +108,7 @@ def test_imagenet_killed_and_resumed_is_the_run_that_was_never_killed(shared_dat
     narrow = [f"data.shards={shards}", f"run.dir={tmp_path}", "model.num_classes=500", "model.g_channels=8",
               "model.d_channels=8", "train.global_batch_size=8", "train.steps=30", "train.checkpoint_every_steps=5",
               "train.log_every_steps=1", "train.keep_checkpoints=99", "ema.start_step=10", "data.num_workers=1",
+              "train.channels_last=false",
               "run.device=cpu"]  # fmt: skip
 
     def command(name: str) -> list[str]:
