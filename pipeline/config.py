@@ -36,9 +36,7 @@ class RunConfig:
 class DataConfig:
     """Where the shards are and how they are read."""
 
-    shards: (
-        str  # directory that holds manifest.json, or s3://bucket/prefix; `pipeline.s3_store` tells how to name a store
-    )
+    shards: str  # directory with manifest.json, or s3://bucket/prefix, which may name its store (see s3_store.py)
     horizontal_flip: bool = False  # mirrors half of the images, another half each epoch
     num_workers: NonNegativeInt = 2  # decoding processes per rank; 0 decodes in the training process
     prefetch_batches: PositiveInt = 4  # batches each worker prepares ahead
