@@ -1,5 +1,6 @@
 """Work done ahead of use in processes of its own, that end with the trainer and never hear its signals."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -38,7 +39,7 @@ def prepare_ahead(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        worker_init_fn=_start_worker if num_workers else None,
+        worker_init_fn=functools.partial(_start_worker, dict(os.environ)) if num_workers else None,
         multiprocessing_context="forkserver" if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from the global one
@@ -72,7 +73,10 @@ def start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _start_worker(worker_id: int) -> None:
+def _start_worker(environment: dict[str, str], worker_id: int) -> None:
+    # What the server process inherited when it started may be out of date, such as credentials.
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 
