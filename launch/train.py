@@ -50,14 +50,17 @@ def main() -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     if "torch" not in sys.modules:
         return (ConfigError,)
-    from pipeline.backend import WorldSizeError
+    from pipeline.backend import RanksDifferError, WorldSizeError
     from pipeline.checkpoint import CheckpointError
     from pipeline.health import NonFiniteError
     from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
     from pipeline.trainer import ReplicaError
 
-    return ConfigError, WorldSizeError, CheckpointError, JournalError, NonFiniteError, ShardSetError, ReplicaError
+    return (
+        ConfigError, WorldSizeError, RanksDifferError, CheckpointError, JournalError, NonFiniteError, ShardSetError,
+        ReplicaError,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ only players, so they read the same on one CPU and on many nodes.
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 class WorldSizeError(RuntimeError):
     """The processes that were started are not one training of the size that was asked for."""
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks are about to do different things; the message says which."""
 
 
 class World:
@@ -88,6 +92,22 @@ class World:
         box: list[T | None] = [None] * self.size
         dist.all_gather_object(box, value, group=self._host_group)
         return box  # type: ignore[return-value]  # all_gather_object fills every place
+
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """Compares what every rank is about to do, so that a difference is an error on all of them and not a hang.
+
+        Raises:
+            RanksDifferError: names rank, fact and both values.
+        """
+        first, *others = self.gather(dict(facts))
+        for rank, other in enumerate(others, start=1):
+            names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
+            if names:
+                lines = [f"  {name}: {first.get(name)} on rank 0, {other.get(name)} on rank {rank}" for name in names]
+                raise RanksDifferError(
+                    "\n".join(["the ranks were not started alike:", *lines])
+                    + "\ngive every node the same command, configuration, shards and code"
+                )
 
     def mean(self, values: Tensor) -> Tensor:
         """Returns the average of a tensor over the ranks, in place."""

@@ -52,6 +52,10 @@ class BlockCache:
             os.utime(file.fileno())  # used now: the least recently used go first
             yield file
 
+    def holds(self, sha256: str) -> bool:
+        """Whether a block is here now."""
+        return (self.path / sha256).exists()
+
     @contextlib.contextmanager
     def fetching(self, sha256: str) -> Iterator[None]:
         """Waits until no other process fetches this block, and keeps them from it."""

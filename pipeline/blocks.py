@@ -6,18 +6,30 @@ cache on the local disk.
 
 import hashlib
 import os
+from functools import cached_property
 from io import FileIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline import object_store
 from pipeline.block_cache import BlockCache
+from pipeline.fetcher import Fetcher
 from pipeline.manifest import ShardSet, ShardSetError
 from pipeline.order import Int64
 from pipeline.read_counts import ReadCounts
 
 MAX_FETCHES = 4  # of a block whose bytes are wrong
+
+
+class _Piece(NamedTuple):
+    """What is wanted of one block."""
+
+    block: int
+    rows: Int64  # of the request
+    ranges: list[tuple[int, int]]  # bytes of the shard that hold their images
+    is_verified: bool  # in this epoch
 
 
 class Blocks:
@@ -33,9 +45,10 @@ class Blocks:
         self._index = shard_set.index
         self._shard_names = [shard.name for shard in shard_set.manifest.shards]
         self._cache = (cache or BlockCache()) if object_store.is_remote(self._location) else None
+        self._ahead: frozenset[int] = frozenset()
         # In shared memory. Two workers that verify a block at once only do it twice.
         self._verified_in_epoch = torch.full((self._index.num_blocks,), -1)
-        self._verified_in_epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._verified_in_epoch.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def read(self, sample_ids: Int64, epoch: int, share: float = 0.0) -> tuple[list[bytes], ReadCounts]:
         """Reads the encoded images of some samples.
@@ -51,25 +64,40 @@ class Blocks:
         Raises:
             ShardSetError: A missing, cut or damaged shard; names shard, block, what was expected and what was found.
         """
-        index, counts = self._index, ReadCounts()
+        counts = ReadCounts() if self._cache is None else self._fetcher.finished()
         images = [b""] * len(sample_ids)
-        block_of = np.searchsorted(index.block_first_sample, sample_ids, side="right") - 1
-        blocks = np.unique(block_of)
-        for block in np.roll(blocks, -int(share * len(blocks))).tolist():
-            rows = np.flatnonzero(block_of == block)
-            starts = index.sample_offset[sample_ids[rows]]
-            stops = starts + index.sample_size[sample_ids[rows]]
-            ranges = list(zip(starts.tolist(), stops.tolist(), strict=True))
-            is_verified = bool(self._verified_in_epoch[block] >= epoch)
-            if self._cache:
-                found = self._read_cached(self._cache, block, ranges, is_verified, counts)
-            else:
-                found = self._read_local(block, ranges, is_verified, counts)
-            if not is_verified:
-                self._verified_in_epoch[block] = epoch
-            for row, image in zip(rows, found, strict=True):
+
+        def keep(piece: _Piece, found: list[bytes]) -> None:
+            self._verified_in_epoch[piece.block] = epoch
+            for row, image in zip(piece.rows, found, strict=True):
                 images[row] = image
+
+        pieces = self._pieces(sample_ids, epoch)
+        first, missing = int(share * len(pieces)), []
+        for piece in pieces[first:] + pieces[:first]:
+            found = self._read_local(piece, counts) if self._cache is None else self._read_cached(piece, counts)
+            if found is None:
+                self._fetcher.start(piece.block)  # all that are missing come at once
+                missing.append(piece)
+            else:
+                counts.cache_hits += self._cache is not None
+                keep(piece, found)
+        for piece in missing:
+            counts += self._fetcher.wait(piece.block)
+            counts.cache_misses += 1
+            keep(piece, self._read_missing(piece, counts))
         return images, counts
+
+    def fetch_ahead(self, blocks: frozenset[int]) -> None:
+        """Begins to bring blocks of a remote set into the cache, in threads, as they will be read soon.
+
+        What goes wrong is raised by the `read` that needs the block.
+        """
+        if self._cache is None:
+            return
+        for block in sorted(blocks - self._ahead):
+            self._fetcher.start(block)
+        self._ahead = blocks
 
     def where(self, sample_id: int) -> str:
         """Shard and byte range of one sample, for messages."""
@@ -78,50 +106,38 @@ class Blocks:
         address = object_store.join(self._location, self._shard_names[index.sample_shard[sample_id]])
         return f"{address}: sample {sample_id} (bytes {start} to {start + size})"
 
-    def _read_local(
-        self, block: int, ranges: list[tuple[int, int]], is_verified: bool, counts: ReadCounts
-    ) -> list[bytes]:
-        if not is_verified:
-            fault = self._fault(block, self._load(block, counts), counts)
+    def _pieces(self, sample_ids: Int64, epoch: int) -> list[_Piece]:
+        index, pieces = self._index, []
+        block_of = np.searchsorted(index.block_first_sample, sample_ids, side="right") - 1
+        for block in np.unique(block_of).tolist():
+            rows = np.flatnonzero(block_of == block)
+            starts = index.sample_offset[sample_ids[rows]]
+            stops = starts + index.sample_size[sample_ids[rows]]
+            ranges = list(zip(starts.tolist(), stops.tolist(), strict=True))
+            pieces.append(_Piece(block, rows, ranges, bool(self._verified_in_epoch[block] >= epoch)))
+        return pieces
+
+    def _read_local(self, piece: _Piece, counts: ReadCounts) -> list[bytes]:
+        if not piece.is_verified:
+            fault = self._fault(piece.block, self._load(piece.block, counts), counts)
             if fault:
-                raise self._error(block, fault)
+                raise self._error(piece.block, fault)
         try:
-            return object_store.read_ranges(self._location, self._shard_name(block), ranges, counts)
+            return object_store.read_ranges(self._location, self._shard_name(piece.block), piece.ranges, counts)
         except OSError as error:
-            raise self._error(block, f"cannot be read: {error}") from error
+            raise self._error(piece.block, f"cannot be read: {error}") from error
 
-    def _read_cached(
-        self, cache: BlockCache, block: int, ranges: list[tuple[int, int]], is_verified: bool, counts: ReadCounts
-    ) -> list[bytes]:
-        start = int(self._index.block_start[block])
-        ranges = [(first - start, last - start) for first, last in ranges]
-        try:
-            found = self._from_cache(cache, block, ranges, is_verified, counts)
-            if found is None:
-                with cache.fetching(self._sha256(block)):
-                    # Another process may have fetched it while this one waited.
-                    found = self._from_cache(cache, block, ranges, False, counts)
-                    if found is None:
-                        data = self._fetch(block, counts)
-                        cache.add(self._sha256(block), data)
-                        counts.cache_misses += 1
-                        return [data[first:last] for first, last in ranges]
-        except OSError as error:
-            raise self._error(block, f"cannot be read: {error}") from error
-        counts.cache_hits += 1
-        return found
-
-    def _from_cache(
-        self, cache: BlockCache, block: int, ranges: list[tuple[int, int]], is_verified: bool, counts: ReadCounts
-    ) -> list[bytes] | None:
-        """Ranges of a block in the cache; None if it is not there, or was damaged there and thrown away."""
-        with cache.open(self._sha256(block)) as file:
+    def _read_cached(self, piece: _Piece, counts: ReadCounts) -> list[bytes] | None:
+        """Images of a block in the cache; None if it is not there, or was damaged there and thrown away."""
+        assert self._cache is not None
+        block, sha256, begin = piece.block, self._sha256(piece.block), int(self._index.block_start[piece.block])
+        with self._cache.open(sha256) as file:
             if file is None:
                 return None
-            if is_verified:
-                found = [os.pread(file.fileno(), last - first, first) for first, last in ranges]
+            if piece.is_verified:
+                found = [os.pread(file.fileno(), stop - start, start - begin) for start, stop in piece.ranges]
                 counts.bytes_read += sum(map(len, found))
-                if all(len(data) == last - first for data, (first, last) in zip(found, ranges, strict=True)):
+                if all(len(data) == stop - start for data, (start, stop) in zip(found, piece.ranges, strict=True)):
                     return found
                 fault: str | None = "was cut short"
             else:
@@ -129,15 +145,42 @@ class Blocks:
                 counts.bytes_read += len(data)
                 fault = self._fault(block, data, counts)
             if not fault:
-                return [data[first:last] for first, last in ranges]
+                return _cut(data, piece.ranges, begin)
         counts.bad_blocks += 1
-        cache.discard(self._sha256(block))
+        self._cache.discard(sha256)
         return None
+
+    def _read_missing(self, piece: _Piece, counts: ReadCounts) -> list[bytes]:
+        """Images of a block that was just brought into the cache."""
+        found = self._read_cached(piece, counts)
+        if found is None:  # the cache is too small to keep it for so long
+            data = self._fetch(piece.block, counts)
+            found = _cut(data, piece.ranges, int(self._index.block_start[piece.block]))
+        return found
+
+    @cached_property
+    def _fetcher(self) -> Fetcher:
+        """Made in the process that uses it: threads do not survive a fork."""
+        return Fetcher(self._bring)
+
+    def _bring(self, block: int, counts: ReadCounts) -> None:
+        """Fetches a block into the cache unless it is there; one process of the node does, the others wait for it."""
+        assert self._cache is not None
+        sha256 = self._sha256(block)
+        try:
+            if self._cache.holds(sha256):
+                return
+            with self._cache.fetching(sha256):
+                if not self._cache.holds(sha256):
+                    self._cache.add(sha256, self._fetch(block, counts))
+        except OSError as error:
+            raise self._error(block, f"cannot be read: {error}") from error
 
     def _fetch(self, block: int, counts: ReadCounts) -> bytes:
         """The right bytes of a block from the store, which sends them anew if they are wrong."""
         for _ in range(MAX_FETCHES):
             data = self._load(block, counts)
+            counts.blocks_fetched += 1
             fault = self._fault(block, data, counts)
             if not fault:
                 return data
@@ -176,3 +219,7 @@ class Blocks:
 def _whole(file: FileIO) -> bytes:
     with open(file.fileno(), "rb", closefd=False) as buffered:
         return buffered.read()
+
+
+def _cut(block_bytes: bytes, ranges: list[tuple[int, int]], begin: int) -> list[bytes]:
+    return [block_bytes[start - begin : stop - begin] for start, stop in ranges]

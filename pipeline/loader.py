@@ -1,6 +1,7 @@
 """From a shard set to batches of uint8 images in the order of `pipeline.order`: read, verify, decode, ahead of use."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,14 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.ahead import prepare_ahead, start_fork_server
 from pipeline.block_cache import BlockCache
 from pipeline.manifest import ShardSet, ShardSetError
+from pipeline.object_store import is_remote
 from pipeline.order import Int64, Plan, flips, rank_rows
 from pipeline.read_counts import ReadCounts
 from pipeline.samples import SampleReader
+
+AHEAD_BLOCKS = 4
+"""So many blocks of each partition are fetched before they are needed."""
 
 
 class Batch(NamedTuple):
@@ -55,7 +60,8 @@ class Loader:
         cache: Where blocks of a remote set are kept on this node.
 
     Raises:
-        ValueError: The set holds images of another size, or too few; or the ranks do not share the batch evenly.
+        ValueError: The set holds images of another size, or too few; the ranks do not share the batch evenly; or the
+            cache cannot hold the blocks in use.
     """
 
     def __init__(
@@ -81,6 +87,8 @@ class Loader:
                 f"build the set with --size {image_size}, or train at {manifest.image_size} px"
             )
         self.plan = Plan(shard_set.index.block_first_sample, seed, global_batch_size, accumulation_steps)
+        if cache and is_remote(shard_set.location):
+            _check_room(shard_set, self.plan, cache)
         self.counts = ReadCounts()
         rows = rank_rows(global_batch_size, accumulation_steps, rank, world_size)
         self._batches = _Batches(shard_set, self.plan, rows, image_size, horizontal_flip, cache)
@@ -117,6 +125,18 @@ class Loader:
             del prepared  # ends the workers, whoever holds on to a traceback
 
 
+def _check_room(shard_set: ShardSet, plan: Plan, cache: BlockCache) -> None:
+    """Refuses a cache that would throw blocks away before they are used up, so that each is fetched many times."""
+    sizes = shard_set.index.block_stop - shard_set.index.block_start
+    in_use = min(int(sizes.sum()), plan.num_partitions * (1 + AHEAD_BLOCKS + 1) * int(sizes.max()))
+    if cache.max_bytes < in_use:
+        raise ValueError(
+            f"data.cache_bytes={cache.max_bytes} is too small for {shard_set.location}: the set is read at "
+            f"{plan.num_partitions} places at once, and {AHEAD_BLOCKS} blocks of up to {int(sizes.max())} bytes ahead "
+            f"of each; set data.cache_bytes to {in_use} or more"
+        )
+
+
 class _Item(NamedTuple):
     """What a worker sends: one tensor, as each costs a shared file, and small arrays."""
 
@@ -142,6 +162,7 @@ class _Batches(Dataset["_Item | ShardSetError"]):
         self._samples = SampleReader(shard_set, image_size, cache)
         self._labels = shard_set.index.sample_label
         self._plan, self._rows, self._horizontal_flip = plan, rows, horizontal_flip
+        self._ahead_until = -1  # batches of this worker whose blocks were asked for
 
     def __getitem__(self, number: int) -> _Item | ShardSetError:
         epoch = number // self._plan.batches_per_epoch
@@ -151,7 +172,18 @@ class _Batches(Dataset["_Item | ShardSetError"]):
             pixels, counts = self._samples.read(sample_ids, epoch)
         except ShardSetError as error:
             return error
+        self._fetch_ahead(number)
         return _Item(pixels, self._labels[sample_ids].astype(np.int64), sample_ids, flip, counts)
+
+    def _fetch_ahead(self, number: int) -> None:
+        """Asks for the blocks of the batches that this worker will be given next, as far as AHEAD_BLOCKS reach."""
+        worker = get_worker_info()
+        stride = worker.num_workers if worker else 1
+        until = number + stride * math.ceil(AHEAD_BLOCKS * self._plan.batches_per_block / stride)
+        first = self._ahead_until if number < self._ahead_until <= until else number
+        for later in range(first + stride, until + 1, stride):
+            self._samples.fetch_ahead(frozenset(self._plan.batch_blocks(later, self._rows).tolist()))
+        self._ahead_until = until
 
 
 def read_in_order(

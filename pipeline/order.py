@@ -89,6 +89,19 @@ class Plan:
         rows = np.arange(self.global_batch_size) if rows is None else rows
         return self._samples_at(epoch, self._positions(epoch, np.array(batch), rows))
 
+    def batch_blocks(self, number: int, rows: Int64) -> Int64:
+        """Blocks, ascending, that hold the samples of the given rows of one global batch."""
+        epoch, batch = divmod(number, self.batches_per_epoch)
+        blocks, starts = _block_stream(self, epoch)
+        positions = self._positions(epoch, np.array(batch), rows)
+        return np.unique(blocks[np.searchsorted(starts, positions, side="right") - 1])
+
+    @property
+    def batches_per_block(self) -> int:
+        """Batches that a block of mean size feeds: each takes global_batch_size / num_partitions of its samples."""
+        samples_per_block = self.num_samples / (len(self.block_first_sample) - 1)
+        return math.ceil(samples_per_block * self.num_partitions / self.global_batch_size)
+
     def epoch_sample_ids(self, epoch: int) -> Int64:
         """(N // B, B) sample numbers: every batch of one epoch."""
         batches, rows = np.arange(self.batches_per_epoch), np.arange(self.global_batch_size)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.backend import World
+from pipeline.read_counts import ReadCounts
 
 
 class Meter:
@@ -40,6 +41,21 @@ class Meter:
         return result
 
 
+def data_metrics(counts: ReadCounts, seconds: float) -> dict[str, float]:
+    """What reading cost all ranks in an interval: MB/s, and for a remote set cache hits, retries and damaged blocks."""
+    metrics = {"throughput/read_megabytes_per_second": counts.bytes_read / 1e6 / seconds}
+    if uses := counts.cache_hits + counts.cache_misses:
+        metrics |= {
+            "throughput/fetched_megabytes_per_second": counts.bytes_fetched / 1e6 / seconds,
+            "data/cache_hit_percent": 100 * counts.cache_hits / uses,
+            "data/requests": counts.requests,
+            "data/retries": counts.retries,
+            "data/resumed_reads": counts.resumed_reads,
+            "data/bad_blocks": counts.bad_blocks,
+        }
+    return metrics
+
+
 class Progress:
     """A bar on a terminal, a plain line per interval elsewhere, nothing on ranks other than 0.
 
@@ -60,13 +76,18 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows an interval's losses, speed, data wait and, where there is no bar to tell it, the time left."""
+        """Shows an interval's losses, speed, data wait, what a store gave, and the time left where no bar tells it."""
         text = (
             f"D {metrics['train/d_loss']:.3f} G {metrics['train/g_loss']:.3f} "
             f"real {metrics['train/real_logits']:+.2f} fake {metrics['train/fake_logits']:+.2f} | "
             f"{metrics['throughput/images_per_second']:.1f} images/s, "
             f"data wait {metrics['time/data_wait_percent']:.1f} %"
         )
+        if "throughput/fetched_megabytes_per_second" in metrics:
+            text += (
+                f" | {metrics['throughput/fetched_megabytes_per_second']:.1f} MB/s fetched, "
+                f"cache {metrics['data/cache_hit_percent']:.1f} %, {metrics['data/retries']:.0f} retries"
+            )
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif self._is_main:

@@ -20,6 +20,7 @@ from pipeline.read_counts import ReadCounts
 from pipeline.s3_store import S3Location, changed, client, endpoint, error_code, final_error, parse
 
 MAX_ATTEMPTS = 9  # in a row without a new byte: at most 46 s of pauses
+MAX_SECONDS = 45  # without a new byte, then no further attempt: a job that cannot read its data ends within a minute
 UPLOAD_ATTEMPTS = 3  # of a whole file
 CHUNK_BYTES = 262_144  # of a body at once: what a broken connection may cost; smaller ones cost more CPU seconds
 PAGE_NAMES = 1000  # of a list at once, the most that S3 gives
@@ -244,12 +245,12 @@ def _retried(
     counts: ReadCounts,
     progress: Callable[[], int] | None = None,
 ) -> Result:
-    """Repeats an attempt while it fails for reasons that pass, until MAX_ATTEMPTS in a row brought no progress."""
+    """Repeats an attempt while it fails for reasons that pass, until MAX_ATTEMPTS or MAX_SECONDS bring nothing."""
     from botocore.exceptions import BotoCoreError, ClientError
     from urllib3.exceptions import HTTPError
 
     failures = done = 0
-    begin = time.monotonic()
+    begin = last_progress = time.monotonic()
     try:
         while True:
             counts.requests += 1
@@ -260,11 +261,15 @@ def _retried(
                 if final:
                     raise final from error
                 now = progress() if progress else 0
-                failures, done = (0 if now > done else failures + 1), now
-                if failures == MAX_ATTEMPTS:
+                if now > done:
+                    failures, done, last_progress = 0, now, time.monotonic()
+                else:
+                    failures += 1
+                seconds = time.monotonic() - last_progress
+                if failures == MAX_ATTEMPTS or seconds > MAX_SECONDS:
                     raise OSError(
-                        f"{where.address(name)}: {MAX_ATTEMPTS} attempts in a row brought nothing, the last: {error}; "
-                        f"check that the store at {endpoint(where)} is up and reachable from here"
+                        f"{where.address(name)}: {failures} attempts in {seconds:.0f} s brought nothing, "
+                        f"the last: {error}; check that the store at {endpoint(where)} is up and reachable from here"
                     ) from error
                 if failures >= 4:
                     _log.warning("%s: attempt %d of %d: %s", where.address(name), failures, MAX_ATTEMPTS, error)

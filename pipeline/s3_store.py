@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 SCHEME = "s3://"
 CONNECT_TIMEOUT_SECONDS = 5
-READ_TIMEOUT_SECONDS = 20  # without a byte
+READ_TIMEOUT_SECONDS = 10  # without a byte
 
 
 class LocationError(ValueError):

@@ -52,6 +52,10 @@ class SampleReader:
             into[:] = self._decode(sample_id, data).transpose(2, 0, 1)
         return pixels, counts
 
+    def fetch_ahead(self, blocks: frozenset[int]) -> None:
+        """Begins to bring blocks of a remote set to this node, as they will be read soon."""
+        self._blocks.fetch_ahead(blocks)
+
     def _decode(self, sample_id: int, data: bytes) -> npt.NDArray[np.uint8]:
         try:
             return _decode(data, self._encoding, self._image_size)

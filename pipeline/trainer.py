@@ -18,14 +18,15 @@ from pipeline import checkpoint, sampling
 from pipeline.backend import Player, World, configure_determinism
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
-from pipeline.config import Config, ConfigError, changed_hyperparameters, to_dict, to_yaml
+from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
 from pipeline.health import NonFiniteError, arm_stall_watch, disarm_stall_watch
 from pipeline.loader import Batch, Loader
 from pipeline.manifest import ShardSet, open_shard_set
 from pipeline.networks import build_discriminator, build_generator
 from pipeline.noise import Purpose, draw_labels, draw_z, rank_micro_batches
 from pipeline.order import PLAN_VERSION
-from pipeline.progress import Meter, Progress
+from pipeline.progress import Meter, Progress, data_metrics
+from pipeline.read_counts import ReadCounts
 from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
 from pipeline.summary import check_data, describe, steps_per_epoch
 from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
@@ -57,6 +58,7 @@ def train(config: Config) -> None:
     world = World(config.run.device, config.run.expected_world_size)
     shard_set = open_shard_set(config.data.shards)
     check_data(config, shard_set, world.size)
+    world.check_same(flatten(to_dict(config)) | {"dataset id": shard_set.dataset_id, "plan version": PLAN_VERSION})
     if world.is_main:
         print(describe(config, shard_set, world.size, str(world.device)), flush=True)
     _check_shared_directory(config.run_dir, world)
@@ -88,6 +90,7 @@ class Trainer:
         )
         self.tracker: Tracker = NullTracker()  # until it is certain that this run may go on
         self.meter = Meter()
+        self.counts = ReadCounts()  # of the loader, when they were last logged
         self.progress = Progress(0, config.train.steps, world.is_main)
         self.step = 0  # updates done
         self.rollbacks = 0
@@ -95,6 +98,8 @@ class Trainer:
     def run(self) -> None:
         """Resumes, trains, and leaves the run directory ready for whatever comes next."""
         self._resume()
+        self.world.check_same({"step": self.step})
+        self._compare_replicas(self._networks())
         self.progress.advance(self.step)
         if self.step >= self.config.train.steps:
             self.progress.say(f"step {self.step} of {self.config.train.steps} is done; raise train.steps to go on")
@@ -193,6 +198,8 @@ class Trainer:
     def _log(self) -> None:
         losses = self.meter.means(self.world)  # the host waits for the device here, once per interval
         seconds, data_seconds, steps = self.meter.times()
+        all_waits, all_counts = zip(*self.world.gather((data_seconds, self.loader.counts - self.counts)), strict=True)
+        data_seconds, self.counts = max(all_waits), self.loader.counts
         images = steps * self.config.train.global_batch_size * self.config.train.num_d_steps
         metrics = {f"train/{name}": value for name, value in losses.items()}
         metrics |= {
@@ -205,6 +212,7 @@ class Trainer:
             "progress/epoch": self.step / steps_per_epoch(self.config, self.shard_set),
             "progress/images_seen": float(self._images_seen()),
         }
+        metrics |= data_metrics(sum(all_counts, ReadCounts()), seconds)
         for network in (self.generator, self.discriminator):
             for name, gain in attention_gains(network.module).items():
                 metrics[f"attention/{network.name}_{name}"] = float(gain)
@@ -376,6 +384,13 @@ def _build_players(config: Config, world: World) -> tuple[Player, Player]:
 
 
 def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
+    try:
+        return _loader(config, world, shard_set)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
     return Loader(
         shard_set,
         image_size=config.model.resolution,

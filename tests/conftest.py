@@ -67,6 +67,30 @@ def tiny_shards(tmp_path_factory) -> Path:
     return root / "shards"
 
 
+@pytest.fixture(scope="session")
+def set_of_40_blocks(tmp_path_factory):
+    """An opened set of 240 raw images of 16 px in 3 classes, 4 shards, 40 blocks; its source `tree` is beside it."""
+    import numpy as np
+    from PIL import Image
+
+    from pipeline import shard_file, shards
+    from pipeline.sources import list_source
+
+    root, rng = tmp_path_factory.mktemp("local"), np.random.default_rng(0)
+    for label in range(3):
+        (root / f"tree/class{label}").mkdir(parents=True)
+        for number in range(80):
+            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(root / f"tree/class{label}/{number:02d}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_file, "BLOCK_BYTES", 16_000)
+        plan = shards.plan(list_source(root / "tree"), image_size=16, encoding="raw", samples_per_shard=60)
+        (root / "set").mkdir()
+        found = shards.build(plan, root / "set").shard_set
+    assert found.index.num_blocks == 40
+    return found
+
+
 S3_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "curl")
 S3_INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common curl"
 

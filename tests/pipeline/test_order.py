@@ -116,6 +116,21 @@ def test_any_batch_can_be_had_alone(counts, batch, accumulation):
         assert np.array_equal(plan.batch_sample_ids(int(number)), sequence[number])
 
 
+@pytest.mark.parametrize(("counts", "batch", "accumulation"), SHAPES)
+def test_the_blocks_of_a_batch_are_those_of_its_samples(counts, batch, accumulation):
+    plan = make_plan(counts, batch, accumulation)
+    first_half = np.arange(batch // 2)
+    for number in (0, 1, plan.batches_per_epoch):
+        samples = plan.batch_sample_ids(number, first_half)
+        blocks = {int(np.flatnonzero(plan.block_first_sample <= sample)[-1]) for sample in samples}
+        assert plan.batch_blocks(number, first_half).tolist() == sorted(blocks)
+
+
+def test_a_block_feeds_as_many_batches_as_its_partition_takes_samples_of_it():
+    """256 of 64 partitions are 4 samples of each in a batch; 35 batches eat a block of 140."""
+    assert make_plan([140] * 300, 256, 1).batches_per_block == 35
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 32, 96])
 def test_ranks_together_give_the_global_batch(world_size, accumulation):

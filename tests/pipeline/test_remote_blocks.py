@@ -3,40 +3,28 @@
 import multiprocessing
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from pipeline import s3, s3_store, shard_file, shards
+from pipeline import s3, s3_store, shards
 from pipeline.block_cache import BlockCache
 from pipeline.blocks import MAX_FETCHES, Blocks
-from pipeline.loader import Loader
+from pipeline.loader import AHEAD_BLOCKS, Loader
 from pipeline.manifest import ShardSetError, open_shard_set
+from pipeline.order import rank_rows
 from pipeline.read_counts import ReadCounts
 from pipeline.sources import list_source
 
 pytestmark = pytest.mark.s3
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """A set of 240 raw images of 16 px in 4 shards and 40 blocks."""
-    root, rng = tmp_path_factory.mktemp("local"), np.random.default_rng(0)
-    for label in range(3):
-        (root / f"tree/class{label}").mkdir(parents=True)
-        for number in range(80):
-            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-            Image.fromarray(pixels).save(root / f"tree/class{label}/{number:02d}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_file, "BLOCK_BYTES", 16_000)
-        plan = shards.plan(list_source(root / "tree"), image_size=16, encoding="raw", samples_per_shard=60)
-        (root / "set").mkdir()
-        found = shards.build(plan, root / "set").shard_set
-    assert found.index.num_blocks == 40
-    return found
+@pytest.fixture
+def local(set_of_40_blocks):
+    return set_of_40_blocks
 
 
 @pytest.fixture
@@ -88,10 +76,10 @@ def test_samples_are_those_of_the_local_set_and_each_block_comes_once(local, rem
     images, counts = read_epoch(blocks)
     assert images == expected
     total = int(np.sum(local.index.block_stop - local.index.block_start))
-    assert (counts.requests, counts.cache_misses, counts.bytes_fetched) == (40, 40, total)
-    assert counts.blocks_verified == 40 and counts.cache_hits > 100
+    assert (counts.requests, counts.blocks_fetched, counts.cache_misses, counts.bytes_fetched) == (40, 40, 40, total)
+    assert counts.blocks_verified == 80 and counts.cache_hits > 100  # as they came, and as they were read
     images, counts = read_epoch(blocks, epoch=1, seed=1)
-    assert images == expected and (counts.requests, counts.cache_misses, counts.blocks_verified) == (0, 0, 40)
+    assert images == expected and (counts.requests, counts.blocks_fetched, counts.blocks_verified) == (0, 0, 40)
 
 
 def test_another_set_of_the_same_names_does_not_answer_from_the_cache(local, remote, cache, s3_bucket, tmp_path):
@@ -216,7 +204,59 @@ def test_batches_of_a_remote_set_are_those_of_the_local_one(local, remote, cache
     here = Loader(local, **options)
     for batch, expected, _ in zip(there.batches(), here.batches(), range(12), strict=False):
         assert all(torch.equal(*pair) for pair in zip(batch[:4], expected[:4], strict=True))
-    assert there.counts.cache_misses == there.counts.requests == 40 and there.counts.bytes_fetched > 0
+    assert there.counts.blocks_fetched == there.counts.requests == 40 and there.counts.bytes_fetched > 0
+
+
+def test_blocks_fetched_ahead_are_there_when_they_are_needed(local, remote, cache):
+    blocks = Blocks(open_shard_set(remote), cache)
+    blocks.fetch_ahead(frozenset(range(12)))
+    deadline = time.monotonic() + 30
+    while not all(cache.holds(local.index.block_sha256[block].tobytes().hex()) for block in range(12)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    blocks.read(np.array([0]), 0)
+    blocks.fetch_ahead(frozenset(range(6, 14)))  # of which two are new
+    images, counts = blocks.read(np.arange(int(local.index.block_first_sample[14])), 0)
+    assert counts.cache_hits >= 12 and counts.cache_hits + counts.cache_misses == 14
+    assert images == Blocks(local).read(np.arange(len(images)), 0)[0]
+
+
+def test_what_went_wrong_ahead_of_use_is_raised_when_the_block_is_needed(local, remote, cache):
+    name, where = local.manifest.shards[1].name, s3_store.parse(remote)
+    block = int(np.flatnonzero(local.index.block_shard == 1)[0])
+    first = int(local.index.block_first_sample[block])
+    s3_store.client(where).delete_object(Bucket=where.bucket, Key=where.key(name))
+    blocks = Blocks(open_shard_set(remote), cache)
+    blocks.fetch_ahead(frozenset([block]))
+    assert len(blocks.read(np.array([first - 1]), 0)[0]) == 1
+    with pytest.raises(ShardSetError, match=f"{name}: block {block} .* cannot be read: .*not found"):
+        blocks.read(np.array([first]), 0)
+
+
+def test_a_loader_asks_for_its_blocks_ahead_and_for_no_others(local, remote, cache):
+    """Two ranks on two nodes: what each fetches in an epoch, ahead or not, is about its half of the set."""
+    fetched = []
+    for rank in range(2):
+        own = BlockCache(f"{cache.directory}-{rank}", cache.max_bytes)
+        loader = Loader(
+            open_shard_set(remote), image_size=16, seed=3, global_batch_size=8, rank=rank, world_size=2, cache=own
+        )
+        batches = loader.batches()
+        next(batches)
+        wanted = {
+            int(block)
+            for number in range(AHEAD_BLOCKS * loader.plan.batches_per_block + 1)
+            for block in loader.plan.batch_blocks(number, rank_rows(8, 1, rank, 2))
+        }
+        deadline = time.monotonic() + 30
+        while sum(len(path.name) == 64 for path in own.path.iterdir()) < len(wanted):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        batches.close()
+        held = {path.name for path in own.path.iterdir() if len(path.name) == 64}
+        assert held == {local.index.block_sha256[block].tobytes().hex() for block in wanted}
+        fetched.append(wanted)
+    assert len(fetched[0] & fetched[1]) <= 1
 
 
 def test_a_failure_in_a_worker_reaches_the_training_loop(local, remote, cache):
@@ -226,3 +266,11 @@ def test_a_failure_in_a_worker_reaches_the_training_loop(local, remote, cache):
     with pytest.raises(ShardSetError, match=f"{name}: block .* cannot be read: .*not found"):
         for _ in zip(loader.batches(), range(10), strict=False):
             pass
+
+
+def test_a_cache_that_would_fetch_blocks_again_and_again_is_refused(remote, tmp_path):
+    """4 partitions with a block in use, 4 ahead and one to come, of 15,360 bytes."""
+    options = {"image_size": 16, "seed": 3, "global_batch_size": 4}
+    with pytest.raises(ValueError, match=r"data.cache_bytes=368639 is too small .*set data.cache_bytes to 368640"):
+        Loader(open_shard_set(remote), cache=BlockCache(str(tmp_path), 368_639), **options)
+    Loader(open_shard_set(remote), cache=BlockCache(str(tmp_path), 368_640), **options)

@@ -235,12 +235,23 @@ def test_the_budget_counts_attempts_without_progress(store, fault_proxy, quick, 
     assert proxy.faults == len(steps) * 3
     assert "attempt 8 of 9" in caplog.records[-1].message and caplog.records[-1].levelno == logging.WARNING
     through, proxy = fault_proxy(store, iter([(503, "SlowDown")] * s3.MAX_ATTEMPTS))
-    with pytest.raises(OSError, match=r"9 attempts in a row brought nothing, the last: .*SlowDown.*; check that the"):
+    with pytest.raises(OSError, match=r"9 attempts in \d+ s brought nothing, the last: .*SlowDown.*; check that the"):
         object_store.read_range(through, "x.bin", 0, 10)
 
 
 def test_the_budget_is_spent_in_less_than_a_minute():
     assert 20 < sum(s3._pause_seconds(failures) for failures in range(1, s3.MAX_ATTEMPTS)) < 46
+    assert s3.MAX_SECONDS + s3_store.READ_TIMEOUT_SECONDS < 60
+
+
+@pytest.mark.s3
+def test_a_store_that_hangs_again_and_again_is_given_up_in_time(store, fault_proxy, quick, monkeypatch):
+    through, proxy = fault_proxy(store, iter([("stall", 0)] * 20))
+    s3_store.client(s3_store.parse(through))  # takes a while to make
+    monkeypatch.setattr(s3, "MAX_SECONDS", 1.2)
+    with pytest.raises(OSError, match=r"[1-4] attempts in \d s brought nothing, the last: .*[Tt]ime"):
+        object_store.read_range(through, "x.bin", 0, 10)
+    assert 1 < proxy.faults < s3.MAX_ATTEMPTS
 
 
 @pytest.mark.s3
