@@ -58,13 +58,20 @@ class SampleReader:
 
     def _decode(self, sample_id: int, data: bytes) -> npt.NDArray[np.uint8]:
         try:
-            return _decode(data, self._encoding, self._image_size)
+            return decode(data, self._encoding, self._image_size)
         except ValueError as error:
             raise ShardSetError(f"{self._blocks.where(sample_id)}: {error}; build or index the set again") from error
 
 
-def _decode(data: bytes, encoding: Encoding, size: int) -> npt.NDArray[np.uint8]:
-    """Returns (size, size, 3) uint8, or raises ValueError with the reason."""
+def decode(data: bytes, encoding: Encoding, size: int) -> npt.NDArray[np.uint8]:
+    """Decodes one image of a set.
+
+    Returns:
+        (size, size, 3) uint8.
+
+    Raises:
+        ValueError: Not what the encoding says; the message is the reason.
+    """
     if encoding == "raw":
         if len(data) != size * size * 3:
             raise ValueError(f"expected {size * size * 3} bytes ({size} x {size} x 3), got {len(data)}")
