@@ -83,6 +83,8 @@ def adopt(
         sizes = list(pool.map(lambda name: object_store.size(location, name), names))
     output = location if output is None else output
     elsewhere = _from_output(location, output)
+    if not object_store.is_remote(output):
+        _check_writable(output)
     there = _what_is_there(output, list(zip(names, sizes, strict=True)))
     tasks = (ForeignShard(location, name, size, reading or Reading()) for name, size in zip(names, sizes, strict=True))
     found: list[Found] = []
@@ -171,14 +173,20 @@ def _list(location: str) -> tuple[list[str], dict[str, int]]:
 def _from_output(location: str, output: str) -> str | None:
     """How the manifest says where the tars lie."""
     remote, output_remote = object_store.is_remote(location), object_store.is_remote(output)
-    if remote:
-        same = output_remote and s3_store.parse(location) == s3_store.parse(output)
-        return None if same else location
-    if output_remote:
+    if output_remote and not remote:
         raise AdoptError(
             f"--output {output} is in object storage, but the tars at {location} are on this machine only; copy them "
             "there as well and index them there, or choose a directory"
         )
+    if remote:
+        same = output_remote and s3_store.parse(location) == s3_store.parse(output)
+        return None if same else location
+    relative = os.path.relpath(os.path.realpath(location), os.path.realpath(output))
+    return None if relative == "." else relative
+
+
+def _check_writable(output: str) -> None:
+    """Finds out before the tars are read, which may take hours, that nothing could be written."""
     path = Path(output)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -190,8 +198,6 @@ def _from_output(location: str, output: str) -> str | None:
             f"{output} cannot be written ({error.strerror}); name another directory for index and manifest with "
             "--output DIR"
         ) from error
-    relative = os.path.relpath(os.path.realpath(location), os.path.realpath(output))
-    return None if relative == "." else relative
 
 
 def _what_is_there(output: str, files: list[tuple[str, int]]) -> Manifest | None:

@@ -209,7 +209,7 @@ def _samples(file: BinaryIO, where: str, extensions: Counter[str]) -> Iterator[_
                 yield sample
             if key in keys:
                 raise AdoptError(
-                    f"{where}: sample {key} comes twice, with extensions in between; pack the shard again so that the "
+                    f"{where}: sample {key} comes twice, with others in between; pack the shard again so that the "
                     "members of a sample follow each other and no key is used twice"
                 )
             keys.add(key)
