@@ -250,6 +250,12 @@ def _index(options: argparse.Namespace) -> int:
     )
     if report.other_files:
         print(f"passed over beside the tars: {_counts(report.other_files)} file(s)")
+    names = report.shard_set.manifest.class_names
+    if names and options.class_names is None and names[-1].isdigit() and int(names[-1]) >= len(names):
+        print(
+            f"the labels found are {len(names):,} numbers up to {names[-1]}, so that some classes are not there: label "
+            "k is the k-th of those found; --class-names FILE keeps the numbers as they are"
+        )
     total_bytes = sum(shard.bytes for shard in report.shard_set.manifest.shards)
     print(
         f"indexed {report.shard_set.manifest.num_samples:,} images, {total_bytes:,} bytes in {report.seconds:,.1f} s "

@@ -103,6 +103,18 @@ def test_a_complete_split_is_one_by_the_users_word_alone(imagenet_tars, tmp_path
     assert "split small" in (out := capsys.readouterr().out) and "500, the complete set" in out
 
 
+def test_numbers_with_gaps_are_pointed_out(tmp_path, imagenet_tars, capsys):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/1.tar").symlink_to(imagenet_tars / "000001.tar")
+    (tmp_path / "names.txt").write_text("".join(f"class{k}\n" for k in range(500)))
+    assert run("index", tmp_path / "part", "--output", tmp_path / "a") == 0
+    out = capsys.readouterr().out
+    assert "130 numbers up to 259, so that some classes are not there" in out and "label 0 is 130" in out
+    assert run("index", tmp_path / "part", "--output", tmp_path / "b", "--class-names", tmp_path / "names.txt") == 0
+    assert "numbers up to" not in capsys.readouterr().out
+    assert open_shard_set(str(tmp_path / "b")).index.sample_label.tolist() == list(range(130, 260))
+
+
 def test_help_teaches():
     text = " ".join(command("shards", "index", "--help").split())
     for word in ("img2dataset", "--class-names", "--check-images", "its header alone is read", "reads each tar once"):
