@@ -1,6 +1,7 @@
-"""Builds, uploads, shows and verifies shard sets.
+"""Builds, adopts, uploads, shows and verifies shard sets.
 
 python launch/shards.py build --source ILSVRC2012_img_train.tar --destination shards/imagenet128 --size 128
+python launch/shards.py index s3://bucket/imagenet-wds --class-names imagenet_classes.txt --output shards/imagenet-wds
 python launch/shards.py upload shards/imagenet128 s3://bucket/imagenet128
 python launch/shards.py show shards/imagenet128
 python launch/shards.py verify s3://bucket/imagenet128
@@ -14,11 +15,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from pipeline import shards
+from pipeline.adopt import adopt
+from pipeline.foreign_shard import AdoptError, Reading
 from pipeline.ground_truth import LabelError
 from pipeline.manifest import Manifest, ShardSet, ShardSetError, open_shard_set
 from pipeline.object_store import LocationError
@@ -34,7 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (SourceError, LabelError, TarError, shards.BuildError, ShardSetError, LocationError, WorkerError) as error:
+    except (
+        SourceError,
+        LabelError,
+        TarError,
+        shards.BuildError,
+        AdoptError,
+        ShardSetError,
+        LocationError,
+        WorkerError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}; what is finished stays, the same command goes on from there", file=sys.stderr)
@@ -46,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="shards.py", description="Builds, uploads, shows and verifies sets of image shards."
+        prog="shards.py", description="Builds, adopts, uploads, shows and verifies sets of image shards."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -103,6 +116,62 @@ def _parser() -> argparse.ArgumentParser:
         "--max-skipped", type=_at_least(0), default=0, metavar="N", help="unreadable images to put up with; default 0"
     )
     build.set_defaults(run=_build)
+
+    index = commands.add_parser(
+        "index",
+        help="adopt WebDataset tars that others built",
+        description="Makes manifest and index for WebDataset tars that others built (webdataset.ShardWriter, "
+        "img2dataset, ImageNet sets of the hub), so that they can be trained on: reads each tar once, changes none. "
+        "A sample is consecutive members of one name up to its first dot, with one .jpg, .jpeg, .png or .webp of any "
+        "size. Its label is a number or a name, in .cls or in .json under label, cls or class_id; a set without any "
+        "is unconditional. Other members are passed over and counted. The result does not depend on --workers.",
+    )
+    index.add_argument("shards", metavar="SHARDS", help="directory or s3://bucket/prefix of the tars")
+    index.add_argument(
+        "--output",
+        metavar="SET",
+        help="directory or s3://bucket/prefix for manifest and index, which is then the address of the set; "
+        "default: beside the tars",
+    )
+    index.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="lines `CLASS title` in the order of the labels, for labels that are such CLASSes or count these lines "
+        "from 0; default: the numbers or names found, sorted",
+    )
+    index.add_argument("--label-key", metavar="KEY", help="of .json; default: .cls, else label, cls or class_id")
+    index.add_argument("--image-key", metavar="EXTENSION", help="of the image, where samples have several")
+    index.add_argument(
+        "--check-images",
+        action="store_true",
+        help="decode every image; default: its header alone is read, so that an image damaged further on is found "
+        "when a training first reads it",
+    )
+    index.add_argument(
+        "--max-skipped",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="samples without a readable image to leave out; the manifest lists them; default 0",
+    )
+    index.add_argument(
+        "--split", metavar="NAME", help="default: train, val or test where the address says so, else all"
+    )
+    index.add_argument(
+        "--complete",
+        action="store_true",
+        help="the tars hold every image of this split, which they cannot tell themselves: without it no score "
+        "against this set is called fid",
+    )
+    index.add_argument(
+        "--workers",
+        type=_at_least(1),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; default: the cores this process may use",
+    )
+    index.set_defaults(run=_index)
 
     send = commands.add_parser(
         "upload",
@@ -166,6 +235,38 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def _index(options: argparse.Namespace) -> int:
+    report = adopt(
+        options.shards,
+        options.output,
+        reading=Reading(
+            options.image_key and options.image_key.lstrip(".").lower(), options.label_key, options.check_images
+        ),
+        class_file=options.class_names,
+        split=options.split,
+        complete=options.complete,
+        max_skipped=options.max_skipped,
+        workers=options.workers,
+    )
+    if report.other_files:
+        print(f"passed over beside the tars: {_counts(report.other_files)} file(s)")
+    names = report.shard_set.manifest.class_names
+    if names and options.class_names is None and names[-1].isdigit() and int(names[-1]) >= len(names):
+        print(
+            f"the labels found are {len(names):,} numbers up to {names[-1]}, so that some classes are not there: label "
+            "k is the k-th of those found; --class-names FILE keeps the numbers as they are"
+        )
+    total_bytes = sum(shard.bytes for shard in report.shard_set.manifest.shards)
+    print(
+        f"indexed {report.shard_set.manifest.num_samples:,} images, {total_bytes:,} bytes in {report.seconds:,.1f} s "
+        f"({total_bytes / 1e6 / report.seconds:,.1f} MB/s)"
+        + (f"; {report.shard_set.location} held this very index already" if report.was_there else "")
+        + "\n"
+    )
+    print(describe(report.shard_set))
+    return 0
+
+
 def _upload(options: argparse.Namespace) -> int:
     report = upload(options.set, options.destination, options.workers)
     print(
@@ -207,11 +308,12 @@ def describe(shard_set: ShardSet) -> str:
         *_class_rows(shard_set),
         ("pixels", _pixels(manifest)),
         ("encoding", _ENCODINGS[manifest.encoding]),
+        *_adopted_rows(shard_set),
         ("shards", f"{len(manifest.shards):,} of {_range([shard.samples for shard in manifest.shards])} images"),
         ("blocks", f"{index.num_blocks:,} of {_range(np.diff(index.block_first_sample).tolist())} images"),
         ("bytes", f"{total_bytes:,}, {total_bytes / manifest.num_samples:,.0f} per image"),
         ("order", f"one permutation of all images, seed {manifest.seed}" if manifest.seed is not None else "as found"),
-        ("built with", ", ".join(f"{name} {version}" for name, version in manifest.library_versions.items())),
+        ("built with", ", ".join(f"{name} {version}" for name, version in manifest.library_versions.items()) or "-"),
         ("skipped", f"{len(manifest.skipped):,}" if manifest.skipped else "none"),
         *(("", f"{skip.file}: {skip.reason}") for skip in manifest.skipped),
     ]
@@ -245,6 +347,27 @@ def _pixels(manifest: Manifest) -> str:
         )
         text += f"; RGB mean {mean}, std {std}"
     return text
+
+
+def _adopted_rows(shard_set: ShardSet) -> list[tuple[str, str]]:
+    adopted, index = shard_set.manifest.adopted, shard_set.index
+    if adopted is None:
+        return []
+    in_block = [
+        len(np.unique(index.sample_label[first:last])) for first, last in pairwise(index.block_first_sample.tolist())
+    ]
+    labels = f"in {adopted.label_source}; {_range(in_block)} classes in a block" if adopted.label_source else "none"
+    sides = " / ".join(f"{side:,}" for side in adopted.shorter_side)
+    return [
+        ("formats", f"{_counts(adopted.image_formats)}; shorter side {sides} px (min/median/max)"),
+        ("labels", labels),
+        ("members", _counts(adopted.members)),
+        ("lie in", shard_set.shards_location),
+    ]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name or '(of no sample)'}" for name, count in counts.items())
 
 
 def _class_rows(shard_set: ShardSet) -> list[tuple[str, str]]:

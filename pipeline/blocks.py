@@ -41,7 +41,8 @@ class Blocks:
     """
 
     def __init__(self, shard_set: ShardSet, cache: BlockCache | None = None) -> None:
-        self._location = shard_set.location
+        self._set_location = shard_set.location
+        self._location = shard_set.shards_location
         self._index = shard_set.index
         self._shard_names = [shard.name for shard in shard_set.manifest.shards]
         self._cache = (cache or BlockCache()) if object_store.is_remote(self._location) else None
@@ -212,7 +213,7 @@ class Blocks:
             f"{object_store.join(self._location, self._shard_name(block))}: block {block} "
             f"(bytes {index.block_start[block]} to {index.block_stop[block]}, samples "
             f"{index.block_first_sample[block]} to {index.block_first_sample[block + 1] - 1}) {fault}; "
-            f"`python launch/shards.py verify {self._location}` lists all that is wrong with the set"
+            f"`python launch/shards.py verify {self._set_location}` lists all that is wrong with the set"
         )
 
 

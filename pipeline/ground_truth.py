@@ -3,6 +3,7 @@
 import io
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def read_titles(path: Path, class_names: Sequence[str]) -> tuple[str, ...]:
             "it needs a line `CLASS title` for each"
         )
     return tuple(titles[name] for name in class_names)
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Reads lines `CLASS title` or `CLASS` as they stand: class names, and their titles (empty if there are none)."""
+    lines = [line.split(maxsplit=1) for line in _lines(path)]
+    names = tuple(line[0] for line in lines)
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled or not names:
+        raise LabelError(f"--class-names {path} " + (f"has {doubled[0]} twice" if doubled else "has no line"))
+    untitled = [line[0] for line in lines if len(line) == 1]
+    if untitled and len(untitled) < len(lines):
+        raise LabelError(f"--class-names {path} has a title for some classes, but none for {untitled[0]}; add or drop")
+    return names, () if untitled else tuple(line[1] for line in lines)
 
 
 def _lines(path: Path) -> list[str]:

@@ -35,10 +35,31 @@ def decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except Exception as error:  # Pillow's parsers raise every kind: OSError, SyntaxError, struct.error, IndexError, ...
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        raise UnreadableImage(reason) from error
+    except Exception as error:
+        raise _unreadable(error) from error
     return image
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Reads what `decode` reads, but no pixels: format, size and mode are known then, a damage further on is not."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise _unreadable(error) from error
+    _check_mode(image)
+    return image
+
+
+def _unreadable(error: Exception) -> UnreadableImage:
+    """Pillow's parsers raise every kind: OSError, SyntaxError, struct.error, IndexError, ..."""
+    return UnreadableImage(
+        "no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+    )
+
+
+def _check_mode(image: Image.Image) -> None:
+    if image.mode in ("I", "F"):
+        raise UnreadableImage(f"32-bit pixels (mode {image.mode}), whose range is not known")
 
 
 def to_square(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
@@ -64,8 +85,7 @@ def to_square(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UnreadableImage(f"32-bit pixels (mode {image.mode}), whose range is not known")
+    _check_mode(image)
     image.info.pop("transparency", None)
     try:
         return image.convert("RGB")

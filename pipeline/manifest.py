@@ -6,6 +6,9 @@ A set is a directory, or a prefix of a bucket, that holds
 - `index.safetensors`: where each sample and each block lies (`Index`), so that a reader parses no tar;
 - `manifest.json`: what the set is (`Manifest`), written last. Its sha256 is the dataset id.
 
+A set that was adopted (`pipeline.adopt`) has the tars of others, under their own names, beside these files or
+elsewhere.
+
 A *sample id* is a row of the index, 0 ... num_samples - 1, in the order of the shards. A *block* is a run of
 consecutive samples of one shard, about 4 MB, and the unit in which readers fetch, verify and cache.
 """
@@ -13,6 +16,7 @@ consecutive samples of one shard, about 4 MB, and the unit in which readers fetc
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +58,19 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Adopted:
+    """What was found in the tars of a set that others built."""
+
+    shards_location: (
+        str | None
+    )  # s3://bucket/prefix, or a path relative to the set's directory; None: beside the manifest
+    label_source: str | None  # the member that holds the labels, such as `.cls` or `label in .json`; None: no labels
+    image_formats: dict[str, int]  # images of each format, by content
+    shorter_side: tuple[int, int, int]  # pixels: smallest, median and largest of all images
+    members: dict[str, int]  # of all samples, by extension; "": files outside of any sample
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All there is to know about a set but where its samples lie. No times and no paths: equal inputs, equal bytes."""
 
@@ -63,7 +80,7 @@ class Manifest:
     complete: bool  # every image of the source is in the set: none was skipped or over a limit per class
     image_size: int | None  # side of the square images in pixels; None: original sizes, the reader crops and resizes
     num_samples: int
-    class_names: tuple[str, ...]  # sorted, the position is the label; empty: no labels (unconditional)
+    class_names: tuple[str, ...]  # sorted unless given, the position is the label; empty: no labels (unconditional)
     class_titles: tuple[str, ...]  # what a person calls them, in the same order; empty if unknown
     class_counts: tuple[int, ...]
     encoding: Encoding
@@ -84,6 +101,7 @@ class Manifest:
     library_versions: dict[str, str]
     shards: tuple[Shard, ...]
     index_sha256: str
+    adopted: Adopted | None = None  # None: the set was built
 
     @property
     def num_classes(self) -> int:
@@ -92,7 +110,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json."""
-        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode("ascii")
+        values = dataclasses.asdict(self)
+        if self.adopted is None:  # a set that was built reads as before there were others
+            del values["adopted"]
+        return (json.dumps(values, indent=1) + "\n").encode("ascii")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +173,33 @@ class ShardSet:
     index: Index
     dataset_id: str
     """sha256 of manifest.json, hexadecimal."""
+
+    @property
+    def shards_location(self) -> str:
+        """Directory, or s3://bucket/prefix, of the shards; `location` but for sets that were adopted from elsewhere."""
+        return find_shards(self.location, self.manifest)
+
+
+def find_shards(location: str, manifest: Manifest) -> str:
+    """Where the shards of a set lie.
+
+    Args:
+        location: of the set.
+        manifest: its manifest.
+
+    Raises:
+        ShardSetError: the manifest names a directory that is not there.
+    """
+    elsewhere = manifest.adopted.shards_location if manifest.adopted else None
+    if elsewhere is None or object_store.is_remote(elsewhere):
+        return elsewhere or location
+    found = os.path.join(location, elsewhere)
+    if object_store.is_remote(location) or not os.path.isdir(found):
+        raise ShardSetError(
+            f"the shards of {location} lie in {elsewhere} from there, by its manifest, and there is no such directory; "
+            "put them back, or run `python launch/shards.py index` on the directory where they are now"
+        )
+    return found
 
 
 def parse_manifest(data: bytes, location: str) -> Manifest:
@@ -269,11 +317,13 @@ def _open(location: str) -> ShardSet:
     if not object_store.exists(location, MANIFEST_NAME):
         raise ShardSetError(
             f"{location} holds no {MANIFEST_NAME}, so it is no finished shard set; check the path, or make it with "
-            "`python launch/shards.py build` (the same command again finishes a build that was interrupted)"
+            "`python launch/shards.py build` (the same command again finishes a build that was interrupted); "
+            "for WebDataset tars that others built, `python launch/shards.py index` makes one"
         )
     data = object_store.read_bytes(location, MANIFEST_NAME)
     manifest = parse_manifest(data, location)
     if not object_store.exists(location, INDEX_NAME):
         raise ShardSetError(f"{location} lacks {INDEX_NAME}; copy it from where the set was built, or build it again")
     index = parse_index(object_store.read_bytes(location, INDEX_NAME), manifest, location)
+    find_shards(location, manifest)  # or tells that they are gone
     return ShardSet(location, manifest, index, hashlib.sha256(data).hexdigest())

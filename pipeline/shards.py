@@ -115,7 +115,7 @@ def plan(
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(source))
     if limit_per_class is not None:
         order = order[_rank_in_class(source.labels[order]) < limit_per_class]
-    name, found_split = _name_and_split(source.location)
+    name, found_split = name_and_split(source.location)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -157,7 +157,7 @@ def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     return ranks
 
 
-def _name_and_split(location: Path) -> tuple[str, str]:
+def name_and_split(location: Path) -> tuple[str, str]:
     """(ILSVRC2012_img_train, train) of ILSVRC2012_img_train.tar; (imagenet, train) of imagenet/train/."""
     location = Path(os.path.abspath(location))
     name = printable(location.name.removesuffix(".tar"))
@@ -287,7 +287,7 @@ def _check_skipped(records: list[ShardRecord], total: int, max_skipped: int) -> 
 
 def _publish(planned: Manifest, records: list[ShardRecord], destination: Path) -> None:
     """Writes index and manifest of a set whose shards are all there."""
-    index = _index(records)
+    index = index_of(records)
     if not index.num_samples:
         raise BuildError(
             f"none of the {planned.source_images} images of {planned.source} can be read; is it the right one?"
@@ -313,7 +313,9 @@ def _publish(planned: Manifest, records: list[ShardRecord], destination: Path) -
     write_file(destination / MANIFEST_NAME, manifest.to_bytes())
 
 
-def _index(records: list[ShardRecord]) -> Index:
+def index_of(records: list[ShardRecord]) -> Index:
+    """The index of the set that these shards make, in order."""
+
     def joined(name: str) -> list[int]:
         return [value for record in records for value in getattr(record, name)]
 

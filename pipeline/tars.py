@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 _BLOCK_BYTES = 512
+_CHUNK_BYTES = 1_000_000
 
 
 class TarError(ValueError):
@@ -39,9 +40,9 @@ def members(file: BinaryIO, what: str, start: int = 0, stop: int | None = None) 
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every member it ever saw
             if end_of(member) > stop:
                 raise _cut_off(what, member.name, stop - start)
-            if not (member.isreg() or member.isdir()):
+            if member.issparse() or not (member.isreg() or member.isdir()):
                 raise TarError(
-                    f"{what}: {member.name} is a link or a device, not a file; "
+                    f"{what}: {member.name} is a link, a device or a sparse file, not a plain one; "
                     "pack the archive again with `tar --dereference --hard-dereference`"
                 )
             yield member
@@ -53,6 +54,12 @@ def members(file: BinaryIO, what: str, start: int = 0, stop: int | None = None) 
         raise _cut_off(what, "its end mark", stop - start)
     if any(mark):
         raise TarError(f"{what} is no tar archive, or a damaged one: byte {tar.offset - start:,} starts no header")
+    while (position := file.tell()) < stop:
+        if any(file.read(min(_CHUNK_BYTES, stop - position))):
+            raise TarError(
+                f"{what} goes on after its end mark at byte {tar.offset - start:,}: readers of tar would stop there "
+                "without a word; if archives were joined (cat a.tar b.tar), keep them apart"
+            )
 
 
 def end_of(member: tarfile.TarInfo) -> int:

@@ -39,6 +39,11 @@ def upload(source: Path, location: str, workers: int = 8) -> UploadReport:
     if not object_store.is_remote(location):
         raise ShardSetError(f"{location} is not in object storage; expected s3://bucket/prefix")
     shard_set = open_shard_set(str(source))
+    if shard_set.shards_location != shard_set.location:
+        raise ShardSetError(
+            f"the shards of {source} lie in {shard_set.shards_location}; copy them to {location} with any tool, then "
+            f"run `python launch/shards.py index {location}`"
+        )
     manifest = shard_set.manifest
     _check_destination(shard_set, location)
     files = [_File(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards]

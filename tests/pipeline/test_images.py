@@ -108,3 +108,15 @@ def test_histogram_counts_each_channel():
     counted = images.histogram(pixels)
     assert counted.sum(1).tolist() == [4, 4, 4]
     assert (counted[0, 7], counted[0, 0], counted[1, 0], counted[2, 255]) == (1, 3, 4, 1)
+
+
+def test_a_header_tells_format_size_and_mode_and_no_more():
+    whole = stored(picture(240, 180), "JPEG")
+    header = images.open_header(whole[: len(whole) // 2])  # its pixels are cut off
+    assert (header.format, header.size, header.mode) == ("JPEG", (240, 180), "RGB")
+    for data, reason in (
+        (b"no image", "no image"),
+        (stored(Image.new("F", (3, 3)), "TIFF"), r"32-bit pixels \(mode F\)"),
+    ):
+        with pytest.raises(images.UnreadableImage, match=reason):
+            images.open_header(data)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.manifest import Index, Manifest, Shard, ShardSetError, Skipped, index_faults, open_shard_set
+from pipeline.manifest import Adopted, Index, Manifest, Shard, ShardSetError, Skipped, index_faults, open_shard_set
 
 # Two shards of 3 and 2 samples with 512 bytes of header before each image of 100 bytes; blocks of 2, 1 and 2 samples.
 INDEX = Index(
@@ -163,3 +163,25 @@ def test_other_sample_count_is_a_fault():
     assert index_faults(dataclasses.replace(MANIFEST, num_samples=6), INDEX) == [
         "the manifest counts 6 samples, the index 5"
     ]
+
+
+def test_an_adopted_set_names_where_its_shards_lie(tmp_path):
+    (tmp_path / "set").mkdir()
+    for place in (None, "../tars", "s3://bucket/tars"):
+        manifest = dataclasses.replace(
+            MANIFEST, adopted=Adopted(place, ".cls", {"JPEG": 5}, (1, 2, 3), {"jpg": 5, "cls": 5})
+        )
+        location = write(tmp_path / "set", manifest)
+        if place == "../tars":
+            with pytest.raises(ShardSetError, match=r"lie in \.\./tars from there.* no such directory; put them back"):
+                open_shard_set(location)
+            (tmp_path / "tars").mkdir()
+        opened = open_shard_set(location)
+        assert opened.manifest == manifest
+        expected = {None: location, "../tars": f"{location}/../tars"}.get(place, place)
+        assert opened.shards_location == expected
+
+
+def test_a_built_set_says_nothing_of_adoption():
+    """So that its manifest, and with it its id, is the one it had before sets could be adopted."""
+    assert b"adopted" not in MANIFEST.to_bytes()

@@ -436,4 +436,4 @@ def test_manifest_names_no_path_of_the_machine(tree, tmp_path):
     ],
 )
 def test_name_and_split_come_from_the_source(tmp_path, location, expected):
-    assert shards._name_and_split(tmp_path / location) == expected
+    assert shards.name_and_split(tmp_path / location) == expected

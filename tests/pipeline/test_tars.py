@@ -71,3 +71,21 @@ def test_an_empty_archive_has_no_members_and_an_empty_file_is_none():
     assert listed(archive({})) == {}
     with pytest.raises(tars.TarError, match="no tar archive"):
         listed(b"")
+
+
+def test_what_follows_the_end_mark_is_told():
+    # Python's own tarfile reads the first of two joined archives only.
+    data = archive(CONTENTS)
+    assert listed(data + bytes(3_000_000)) == CONTENTS
+    for behind in (archive(CONTENTS), bytes(3_000_000) + b"x"):
+        with pytest.raises(tars.TarError, match=r"goes on after its end mark at byte [\d,]+: .*keep them apart"):
+            listed(data + behind)
+
+
+def test_a_sparse_file_is_refused():
+    # Its size is not that of what is stored.
+    data = bytearray(archive({"a.jpg": bytes(600)}))
+    data[156:157] = tarfile.GNUTYPE_SPARSE
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    with pytest.raises(tars.TarError, match=r"a\.jpg is a link, a device or a sparse file"):
+        listed(bytes(data))
