@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(0),
         metavar="I",
         help="build only the shards whose number modulo N is I, I from 0 to N - 1: $SLURM_ARRAY_TASK_ID of a job array "
-        "with --array=0-(N-1); all other options, --max-skipped and --workers aside, must be those of the other parts",
+        "with --array=0-(N-1); what decides the bytes (source, size, encoding, seed, ...) must be equal in all parts. "
+        "--max-skipped counts this part's images, that of `merge` all",
     )
     build.add_argument(
         "--parts",
