@@ -1,6 +1,9 @@
-"""Builds, adopts, uploads, shows and verifies shard sets.
+"""Builds, merges, adopts, uploads, shows and verifies shard sets.
 
 python launch/shards.py build --source ILSVRC2012_img_train.tar --destination shards/imagenet128 --size 128
+python launch/shards.py build --source ILSVRC2012_img_train.tar --destination s3://bucket/imagenet128 --size 128
+python launch/shards.py build ... --destination DIR_OR_S3 --part $SLURM_ARRAY_TASK_ID --parts 8   # sbatch --array=0-7
+python launch/shards.py merge DIR_OR_S3                                                           # when all are done
 python launch/shards.py index s3://bucket/imagenet-wds --class-names imagenet_classes.txt --output shards/imagenet-wds
 python launch/shards.py upload shards/imagenet128 s3://bucket/imagenet128
 python launch/shards.py show shards/imagenet128
@@ -13,6 +16,7 @@ The store of an s3:// address is that of the usual AWS variables and files, or i
 import argparse
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -26,6 +30,7 @@ from pipeline.foreign_shard import AdoptError, Reading
 from pipeline.ground_truth import LabelError
 from pipeline.manifest import Manifest, ShardSet, ShardSetError, open_shard_set
 from pipeline.object_store import LocationError
+from pipeline.publish import merge, ranges
 from pipeline.sources import SourceError, list_source
 from pipeline.tars import TarError
 from pipeline.upload import upload
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="shards.py", description="Builds, adopts, uploads, shows and verifies sets of image shards."
+        prog="shards.py", description="Builds, merges, adopts, uploads, shows and verifies sets of image shards."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -67,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "build",
         help="make a set from images",
         description="Makes a set of WebDataset shards from images. Run the same command again after an interruption: "
-        "it goes on where it was. The result does not depend on --workers.",
+        "it goes on where it was. The result does not depend on --workers. Into s3:// shards are sent as they are "
+        "finished, and at most two per worker lie on local disk. Nodes share the work by --part and --parts; `merge` "
+        "then makes the same set.",
     )
     build.add_argument(
         "--source",
@@ -77,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         help="ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar as they are, one folder per class, one folder of "
         "images (no labels), or a tar of either; read in place",
     )
-    build.add_argument("--destination", required=True, metavar="DIR", help="new or empty directory")
+    build.add_argument(
+        "--destination", required=True, metavar="DIR", help="new or empty directory, or s3://bucket/prefix"
+    )
     build.add_argument("--size", type=_at_least(1), required=True, metavar="PIXELS", help="side of the square images")
     build.add_argument(
         "--encoding",
@@ -115,7 +124,43 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--max-skipped", type=_at_least(0), default=0, metavar="N", help="unreadable images to put up with; default 0"
     )
+    build.add_argument(
+        "--part",
+        type=_at_least(0),
+        metavar="I",
+        help="build only the shards whose number modulo N is I, I from 0 to N - 1: $SLURM_ARRAY_TASK_ID of a job array "
+        "with --array=0-(N-1); what decides the bytes (source, size, encoding, seed, ...) must be equal in all parts. "
+        "--max-skipped counts this part's images, that of `merge` all",
+    )
+    build.add_argument(
+        "--parts",
+        type=_at_least(1),
+        metavar="N",
+        help="in how many parts; a fixed number, as $SLURM_ARRAY_TASK_COUNT is smaller when some tasks run again",
+    )
+    build.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="where shards for s3:// lie until they are sent; default: the directory for temporary files ($TMPDIR)",
+    )
     build.set_defaults(run=_build)
+
+    join = commands.add_parser(
+        "merge",
+        help="make a set of shards built with --part",
+        description="Makes a set of the shards that `build --part` left at a destination: checks that each is there "
+        "and writes index and manifest. Needs no source. Names the parts that are missing. `verify` checks the bytes.",
+    )
+    join.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
+    join.add_argument(
+        "--max-skipped",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="unreadable images to put up with in all parts together; default 0",
+    )
+    join.set_defaults(run=_merge)
 
     index = commands.add_parser(
         "index",
@@ -192,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("verify", help="hash everything in a set again")
     check.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
+    check.add_argument("--workers", type=_at_least(1), default=8, metavar="N", help="shards read at once; default 8")
     check.set_defaults(run=_verify)
     return parser
 
@@ -207,7 +253,9 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 def _build(options: argparse.Namespace) -> int:
-    destination = shards.check_destination(options.destination, options.source)
+    destination, built_as = options.destination, {"workers": options.workers, "max_skipped": options.max_skipped}
+    shards.check_part(options.part, options.parts)
+    shards.check_destination(destination, options.source, options.scratch)
     source = list_source(options.source, options.ground_truth, options.class_names)
     classes = f"{len(source.class_names):,} classes" if source.class_names else "no labels: an unconditional set"
     print(f"source: {source.layout}, {len(source):,} images, {classes}")
@@ -222,15 +270,45 @@ def _build(options: argparse.Namespace) -> int:
         limit_per_class=options.limit_per_class,
         split=options.split,
     )
-    report = shards.build(plan, destination, workers=options.workers, max_skipped=options.max_skipped)
-    if report.was_there:
-        print(f"{destination} holds this set already, nothing to do; `verify` checks its bytes\n")
+    if options.part is None:
+        report = shards.build(plan, destination, **built_as, scratch=options.scratch)
+        print(_what_was_built(report, options) + "\n")
+        print(describe(report.shard_set))
     else:
-        print(
-            f"built {report.built_images:,} images in {report.seconds:,.1f} s "
-            f"({report.built_images / report.seconds:,.0f} images/s, {options.workers} worker(s)), "
-            f"{report.built_shards:,} shard(s) built, {report.kept_shards:,} kept\n"
-        )
+        part = shards.build_part(plan, destination, options.part, options.parts, **built_as, scratch=options.scratch)
+        print(f"part {options.part} of {options.parts}: {_what_was_built(part, options)}")
+        if not part.was_there:
+            print(_what_is_missing(part, options))
+    return 0
+
+
+def _what_was_built(report: shards.BuildReport | shards.PartReport, options: argparse.Namespace) -> str:
+    if report.was_there:
+        return f"{options.destination} holds this set already, nothing to do; `verify` checks its bytes"
+    return (
+        f"built {report.built_images:,} images in {report.seconds:,.1f} s "
+        f"({report.built_images / report.seconds:,.0f} images/s, {options.workers} worker(s)), "
+        f"{report.built_shards:,} shard(s) built, {report.kept_shards:,} kept"
+    )
+
+
+def _what_is_missing(report: shards.PartReport, options: argparse.Namespace) -> str:
+    if not report.missing:
+        merging = f"python launch/shards.py merge {shlex.quote(options.destination)}"
+        return f"all {report.num_shards:,} shards are there; `{merging}` makes the set"
+    parts = sorted({number % options.parts for number in report.missing})
+    return (
+        f"still missing: {len(report.missing):,} of {report.num_shards:,} shards ({ranges(list(report.missing))}), "
+        f"of part(s) {ranges(parts)} of {options.parts}"
+    )
+
+
+def _merge(options: argparse.Namespace) -> int:
+    report = merge(options.set, options.max_skipped)
+    if report.was_there:
+        print(f"{options.set} is a set already, nothing to do; `verify` checks its bytes\n")
+    else:
+        print(f"merged {len(report.shard_set.manifest.shards):,} shard(s)\n")
     print(describe(report.shard_set))
     return 0
 
@@ -283,7 +361,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    faults = verify(options.set)
+    faults = verify(options.set, options.workers)
     if faults:
         print(f"{options.set}: {len(faults)} fault(s)\n" + "\n".join(f"  {fault}" for fault in faults), file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import images, object_store, s3, s3_store, shards
+from pipeline import images, object_store, publish, s3, s3_store, shards
 from pipeline.bar import Bar
 from pipeline.foreign_shard import AdoptError, ForeignShard, Found, Reading, in_words, read_shard
 from pipeline.ground_truth import read_classes
@@ -100,7 +100,7 @@ def adopt(
     found.sort(key=lambda one: one.record.shard.name)
     label_of, class_names, titles = _labels(found, classes, class_file)
     records = [replace(one.record, sample_label=_ids(one, label_of)) for one in found]
-    index = shards.index_of(records)
+    index = publish.index_of(records)
     if not index.num_samples:
         raise AdoptError(f"the {len(names)} tar(s) at {location} hold no image; are they WebDataset tars of images?")
     skipped = tuple(skip for record in records for skip in record.skipped)

@@ -166,7 +166,8 @@ def _refusal(error: Any, where: S3Location, address: str) -> OSError | None:
         who = "requests without credentials (anonymous)" if where.store.anonymous else "these credentials"
         return PermissionError(
             f"{address}: the store does not allow this to {who}; check credentials, profile and the rights to the "
-            f"bucket (reading needs s3:GetObject and s3:ListBucket, uploading s3:PutObject) ({said})"
+            f"bucket (reading needs s3:GetObject and s3:ListBucket, uploading s3:PutObject, building also "
+            f"s3:DeleteObject) ({said})"
         )
     if status == 412:
         return changed(address)

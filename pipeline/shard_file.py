@@ -5,9 +5,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +41,8 @@ class Span(NamedTuple):
 class ShardTask:
     """One shard to be built; small enough to hand to another process."""
 
-    destination: Path
+    location: str  # of the set
+    directory: Path  # where the file is written: the set's, or a scratch directory if that is in object storage
     name: str
     first_key: int
     source: Source  # this shard's images only, in order
@@ -65,6 +67,23 @@ class ShardRecord:
     pixel_sum: tuple[int, int, int]
     pixel_square_sum: tuple[int, int, int]
 
+    def to_bytes(self) -> bytes:
+        """The bytes of its JSON file."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+
+def record_name(shard_name: str) -> str:
+    """Name of the file that holds a shard's record."""
+    return f"{shard_name.removesuffix('.tar')}.json"
+
+
+def parse_record(data: bytes) -> ShardRecord | None:
+    """Reads a record; None if it is not one, whole."""
+    try:
+        return pydantic.TypeAdapter(ShardRecord).validate_json(data, strict=True)
+    except pydantic.ValidationError:
+        return None
+
 
 def build_shard(task: ShardTask, advance: Advance) -> tuple[ShardRecord, bool]:
     """Builds one shard, or keeps the one that is there if its bytes are those its record names.
@@ -78,12 +97,19 @@ def build_shard(task: ShardTask, advance: Advance) -> tuple[ShardRecord, bool]:
     if record is not None:
         advance(len(task.source))
         return record, True
-    path = task.destination / task.name
+    path = task.directory / task.name
+    remove_half_written(path)
     with _published(path) as file:
         pixels = _write_samples(file, task, advance)
         record = _describe(file, task, pixels)
-    write_file(_record_path(path), json.dumps(dataclasses.asdict(record)).encode())
+    write_file(path.with_name(record_name(task.name)), record.to_bytes())
     return record, False
+
+
+def remove_half_written(shard: Path) -> None:
+    """Removes what killed builds left of a shard and its record; those of other shards may still be written."""
+    for left_over in shard.parent.glob(f"{shard.stem}.*{PART}"):
+        left_over.unlink(missing_ok=True)
 
 
 def read_spans(file: BinaryIO, what: str) -> list[Span]:
@@ -125,16 +151,33 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Writes a file as `write_file` does, unless there is one: of several processes that do so at once, one wins."""
+    with _published(path, _link) as file:
+        file.write(data)
+
+
+def _link(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links on this disk, which then is none that nodes share
+        os.replace(part, path)
+    part.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _published(path: Path) -> Iterator[BinaryIO]:
+def _published(path: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[BinaryIO]:
     """A file to write under another name, which gets its own once it is whole and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")  # no two processes write the same file, whatever happens
+    # No two processes on any node write the same file, whatever happens.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PART}")
     try:
         with open(part, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        publish(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -217,16 +260,12 @@ def _describe(file: BinaryIO, task: ShardTask, pixels: _Pixels) -> ShardRecord:
     )
 
 
-def _record_path(shard: Path) -> Path:
-    return shard.with_suffix(".json")
-
-
 def _finished(task: ShardTask) -> ShardRecord | None:
     """The record of a shard that is there whole; None if there is none, or it is not what its record says."""
-    path = task.destination / task.name
-    with contextlib.suppress(FileNotFoundError, pydantic.ValidationError):
-        record = pydantic.TypeAdapter(ShardRecord).validate_json(_record_path(path).read_bytes(), strict=True)
+    path = task.directory / task.name
+    with contextlib.suppress(FileNotFoundError):
+        record = parse_record(path.with_name(record_name(task.name)).read_bytes())
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == record.shard.sha256:
+            if record and hashlib.file_digest(file, "sha256").hexdigest() == record.shard.sha256:
                 return record
     return None

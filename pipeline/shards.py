@@ -1,80 +1,73 @@
-"""Builds shard sets.
+"""Builds shard sets, in a directory or in object storage.
 
-A build is three steps: `plan` (what goes where), `shard_file.build_shard` for each shard (any order, any process), and
-publishing (index, then manifest). Between them the destination holds the plan (`build.json`, a manifest without
-results) and a record beside each finished shard; with both, a build that was killed goes on where it was.
+A build is three steps: `plan` (what goes where), `shard_file.build_shard` for each shard (any order, any process, any
+node), and publishing (index, then manifest). Between them the destination holds the plan (`build.json`, a manifest
+without results) and a record beside each finished shard; with both, a build that was killed goes on where it was, and
+parts that were built apart are merged.
 """
 
-import hashlib
-import math
+import contextlib
 import os
 import re
+import secrets
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import images
+from pipeline import images, object_store
 from pipeline.bar import Bar
-from pipeline.manifest import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    Encoding,
-    Index,
-    Manifest,
-    ShardSet,
-    index_faults,
-    open_shard_set,
-    parse_manifest,
+from pipeline.build_files import (
+    BuildError as BuildError,
 )
-from pipeline.shard_file import PART, ShardRecord, ShardTask, build_shard, write_file
+from pipeline.build_files import (
+    claim,
+    clean,
+    differences,
+    missing_shards,
+    num_shards,
+    remove,
+    shard_name,
+    write,
+)
+from pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Encoding, Manifest, ShardSet, open_shard_set
+from pipeline.publish import check_skipped, publish
+from pipeline.remote_build import build_and_send, scratch_directory
+from pipeline.shard_file import PART, ShardRecord, ShardTask, build_shard
 from pipeline.sources import Source, printable
 from pipeline.workers import run
-
-PLAN_NAME = "build.json"
-Channels = tuple[float, float, float]
-_RESULTS = {  # the fields of a manifest that its plan does not decide
-    "complete",
-    "num_samples",
-    "class_counts",
-    "num_enlarged",
-    "pixel_mean",
-    "pixel_std",
-    "skipped",
-    "shards",
-    "index_sha256",
-}
-
-
-# An archive of a known name that holds fewer is a part of the set, whatever it calls itself.
-PUBLISHED_IMAGES = {"ILSVRC2012_img_train": 1_281_167, "ILSVRC2012_img_val": 50_000}
-
-
-class BuildError(ValueError):
-    """A build that cannot start or go on; the message says why and the way out."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """All that decides the bytes of a set."""
 
-    manifest: Manifest  # still without results
+    manifest: Manifest  # still without results; num_samples counts the images to build
     source: Source
     order: npt.NDArray[np.int64]  # (places,) row of the source for each place in the set
 
-    def tasks(self, destination: Path) -> Iterator[ShardTask]:
-        """Yields the shards to build, in order."""
-        image_size, samples_per_shard = self.manifest.image_size, self.manifest.samples_per_shard
+    def tasks(self, location: str, directory: Path, numbers: Iterable[int]) -> Iterator[ShardTask]:
+        """Yields the shards of these numbers to build, in order."""
+        image_size, encoding = self.manifest.image_size, self.manifest.encoding
         assert image_size is not None
-        assert samples_per_shard is not None
-        for shard, first in enumerate(range(0, len(self.order), samples_per_shard)):
-            source = self.source.select(self.order[first : first + samples_per_shard])
-            yield ShardTask(destination, f"shard-{shard:06d}.tar", first, source, image_size, self.manifest.encoding)
+        for number in numbers:
+            first, rows = self._rows(number)
+            source = self.source.select(rows)
+            yield ShardTask(location, directory, shard_name(number), first, source, image_size, encoding)
+
+    def num_images(self, numbers: Iterable[int]) -> int:
+        """How many images the shards of these numbers are made of."""
+        return sum(len(self._rows(number)[1]) for number in numbers)
+
+    def _rows(self, number: int) -> tuple[int, npt.NDArray[np.int64]]:
+        size = self.manifest.samples_per_shard
+        assert size is not None
+        return number * size, self.order[number * size : (number + 1) * size]
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,20 @@ class BuildReport:
     was_there: bool  # finished before, so nothing was done
     built_images: int
     built_shards: int
-    kept_shards: int  # finished by an earlier, interrupted run
+    kept_shards: int  # finished by an earlier, interrupted run, or by a part
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What the build of a part did, for people."""
+
+    was_there: bool  # the whole set was finished before, so nothing was done
+    built_images: int
+    built_shards: int
+    kept_shards: int  # of this part; finished by an earlier, interrupted run
+    num_shards: int  # of the set
+    missing: tuple[int, ...]  # numbers of the set's shards that no part has finished yet
     seconds: float
 
 
@@ -122,7 +128,7 @@ def plan(
         split=split or found_split,
         complete=False,
         image_size=image_size,
-        num_samples=0,
+        num_samples=len(order),
         class_names=source.class_names,
         class_titles=source.class_titles,
         class_counts=(),
@@ -166,191 +172,150 @@ def name_and_split(location: Path) -> tuple[str, str]:
     return (printable(location.parent.name) if name.lower() == split else name), split
 
 
-def check_destination(destination: str, source: Path) -> Path:
+def check_destination(destination: str, source: Path, scratch: Path | None = None) -> None:
     """Finds out before the source is listed, which may take minutes, that nothing could be written.
 
     Raises:
-        BuildError: a URL, no directory, not writable, or inside the source.
+        BuildError: neither a directory nor s3://bucket/prefix, not writable, or inside the source.
+        OSError: the store does not take it.
     """
-    if "://" in destination:
-        raise BuildError(f"--destination {destination} is no local directory; build into one and copy the set")
-    path = Path(destination)
+    if object_store.is_remote(destination):
+        probe = f"probe.{secrets.token_hex(8)}{PART}"
+        write(destination, probe, b"can this be written and removed?")
+        remove(destination, probe)
+        if scratch is not None:
+            _check_directory("--scratch", scratch, source)
+    elif "://" in destination:
+        raise BuildError(f"--destination {destination} is neither a directory nor s3://bucket/prefix")
+    elif scratch is not None:
+        raise BuildError(f"--scratch {scratch} is for builds into s3://; a directory is written in place: leave it out")
+    else:
+        _check_directory("--destination", Path(destination), source)
+
+
+def _check_directory(option: str, path: Path, source: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"probe{PART}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise BuildError(f"--destination {destination} cannot be written ({error.strerror}); choose another") from error
+        raise BuildError(f"{option} {path} cannot be written ({error.strerror}); choose another") from error
     if path.resolve().is_relative_to(source.resolve()):
-        raise BuildError(f"--destination {destination} lies inside --source {source}; choose a directory outside of it")
-    return path
+        raise BuildError(f"{option} {path} lies inside --source {source}; choose a directory outside of it")
 
 
-def build(plan: Plan, destination: Path, *, workers: int = 1, max_skipped: int = 0) -> BuildReport:
+def check_part(part: int | None, parts: int | None) -> None:
+    """Refuses a part that is none of 0 ... parts - 1."""
+    if (part is None) != (parts is None):
+        given, other = ("--part", "--parts") if parts is None else ("--parts", "--part")
+        raise BuildError(f"{given} needs {other}: --part I --parts N builds part I of N, I from 0 to N - 1")
+    if part is not None and parts is not None and not 0 <= part < parts:
+        raise BuildError(
+            f"--part must be from 0 to {parts - 1} with --parts {parts}, got {part}; "
+            f"a job array counts so with --array=0-{parts - 1}"
+        )
+
+
+def build(
+    plan: Plan, destination: str | Path, *, workers: int = 1, max_skipped: int = 0, scratch: Path | None = None
+) -> BuildReport:
     """Builds a set, or finishes the build of it that was interrupted; does nothing if it is there already.
 
     Args:
         plan: what to build.
-        destination: directory that is empty or holds this very build.
+        destination: directory or s3://bucket/prefix that is empty or holds this very build.
         workers: processes; the bytes of the set do not depend on it.
         max_skipped: so many images may be unreadable; the manifest lists them.
+        scratch: for a build into object storage: shards lie in a directory in this one until they are sent; None: that
+            for temporary files. The same again goes on with those that were not.
 
     Raises:
         BuildError: the destination holds something else, or too many images cannot be read.
         OSError: reading or writing failed. What is finished stays, and the same command goes on from there.
     """
-    started = time.perf_counter()
-    records: list[ShardRecord] = []
-    built_images = built_shards = 0
-    was_there = _is_published(plan, destination)
+    started, location = time.perf_counter(), str(destination)
+    was_there, made = _is_published(plan, location), _Made()
     if not was_there:
-        _claim(plan, destination)
-        total = len(plan.order)
-        with (
-            Bar(total, f"building {destination.name}", "images") as bar,
-            closing(run(build_shard, plan.tasks(destination), workers, bar)) as results,
-        ):
-            for record, was_kept in results:
-                records.append(record)
-                built_images += 0 if was_kept else record.shard.samples
-                built_shards += not was_kept
-                _check_skipped(records, total, max_skipped)
-        records.sort(key=lambda record: record.shard.name)
-        _publish(plan.manifest, records, destination)
-    _clean(destination)
+        claim(plan.manifest, location)
+        numbers = range(num_shards(plan.manifest))
+        made = _build_shards(plan, location, numbers, workers, max_skipped, scratch)
+        publish(plan.manifest, made.records, location)
+    shard_set = open_shard_set(location)
+    clean(location)
     seconds = time.perf_counter() - started
-    shard_set = open_shard_set(str(destination))
-    return BuildReport(shard_set, was_there, built_images, built_shards, len(records) - built_shards, seconds)
+    return BuildReport(shard_set, was_there, made.built_images, made.built_shards, made.kept_shards, seconds)
 
 
-def _is_published(plan: Plan, destination: Path) -> bool:
+def build_part(
+    plan: Plan,
+    destination: str | Path,
+    part: int,
+    parts: int,
+    *,
+    workers: int = 1,
+    max_skipped: int = 0,
+    scratch: Path | None = None,
+) -> PartReport:
+    """Builds the shards whose number modulo `parts` is `part`; `publish.merge` makes the set once all are there.
+
+    Other parts may be built at the same time, on other nodes. Arguments and errors are those of `build`; `max_skipped`
+    counts the images of this part only, as it knows of no others.
+    """
+    check_part(part, parts)
+    started, location, total = time.perf_counter(), str(destination), num_shards(plan.manifest)
+    was_there, made = _is_published(plan, location), _Made()
+    missing: list[int] = []
+    if not was_there:
+        claim(plan.manifest, location)
+        made = _build_shards(plan, location, range(part, total, parts), workers, max_skipped, scratch)
+        missing = missing_shards(plan.manifest, location)
+    seconds = time.perf_counter() - started
+    return PartReport(was_there, made.built_images, made.built_shards, made.kept_shards, total, tuple(missing), seconds)
+
+
+def _is_published(plan: Plan, location: str) -> bool:
     """Whether the destination holds the finished set of this plan; another finished set is an error."""
-    if not (destination / MANIFEST_NAME).exists():
+    if not object_store.exists(location, MANIFEST_NAME):
         return False
-    found = open_shard_set(str(destination)).manifest
+    found = open_shard_set(location).manifest
     # A finished set stays what it is when libraries are updated.
-    changes = _differences(replace(found, library_versions=plan.manifest.library_versions), plan.manifest)
+    changes = differences(replace(found, library_versions=plan.manifest.library_versions), plan.manifest)
     if changes:
         raise BuildError(
-            f"{destination} holds another set ({'; '.join(changes)}); choose another --destination, or remove that set"
+            f"{location} holds another set ({'; '.join(changes)}); choose another --destination, or remove that set"
         )
     return True
 
 
-def _claim(plan: Plan, destination: Path) -> None:
-    """Makes the destination this build's, which must be empty or hold the same plan; removes half-written files."""
-    plan_file = destination / PLAN_NAME
-    for left_over in destination.glob(f"*{PART}"):
-        left_over.unlink(missing_ok=True)
-    if plan_file.exists():
-        changes = _differences(parse_manifest(plan_file.read_bytes(), str(plan_file)), plan.manifest)
-        if changes:
-            raise BuildError(
-                f"{destination} holds an unfinished build of another set ({'; '.join(changes)}); "
-                "finish it with its own options, choose another --destination, or remove it"
-            )
-        return
-    strangers = sorted(path.name for path in destination.iterdir())
-    if strangers:
-        raise BuildError(
-            f"{destination} holds {len(strangers)} file(s) that are no build of ours, such as {strangers[0]}; "
-            "choose a new or empty --destination"
-        )
-    write_file(plan_file, plan.manifest.to_bytes())
+@dataclass
+class _Made:
+    """What became of some shards."""
+
+    records: list[ShardRecord] = field(default_factory=list)
+    built_images: int = 0
+    built_shards: int = 0
+    kept_shards: int = 0
 
 
-def _differences(found: Manifest, wanted: Manifest) -> list[str]:
-    """What differs between the plans of two sets, in words."""
-    changes = []
-    for name in (field.name for field in fields(Manifest) if field.name not in _RESULTS):
-        there, now = getattr(found, name), getattr(wanted, name)
-        if there != now:
-            long = isinstance(now, tuple) or name == "source_sha256"
-            changes.append(f"{name} differs" if long else f"{name} is {there} there and {now} now")
-    return changes
-
-
-def _check_skipped(records: list[ShardRecord], total: int, max_skipped: int) -> None:
-    skipped = [skip for record in records for skip in record.skipped]
-    if len(skipped) > max_skipped:
-        lines = [f"  {skip.file}: {skip.reason}" for skip in skipped[:20]]
-        if len(skipped) > len(lines):
-            lines.append(f"  ... and {len(skipped) - len(lines)} more")
-        raise BuildError(
-            f"{len(skipped)} of {total:,} images cannot be read (so far), --max-skipped allows {max_skipped}:\n"
-            + "\n".join(lines)
-            + "\nMend or remove them in the source and build it anew, or run the same command with a larger "
-            "--max-skipped: it goes on from here, and the manifest lists what is missing"
-        )
-
-
-def _publish(planned: Manifest, records: list[ShardRecord], destination: Path) -> None:
-    """Writes index and manifest of a set whose shards are all there."""
-    index = index_of(records)
-    if not index.num_samples:
-        raise BuildError(
-            f"none of the {planned.source_images} images of {planned.source} can be read; is it the right one?"
-        )
-    skipped = sorted((skip for record in records for skip in record.skipped), key=lambda skip: skip.file)
-    counts = np.bincount(index.sample_label, minlength=planned.num_classes) if planned.num_classes else ()
-    mean, std = _mean_and_std(planned, records, index.num_samples)
-    manifest = replace(
-        planned,
-        complete=index.num_samples == PUBLISHED_IMAGES.get(planned.name, planned.source_images),
-        num_samples=index.num_samples,
-        class_counts=tuple(int(count) for count in counts),
-        num_enlarged=sum(record.num_enlarged for record in records),
-        pixel_mean=mean,
-        pixel_std=std,
-        skipped=tuple(skipped),
-        shards=tuple(record.shard for record in records),
-        index_sha256=hashlib.sha256(index.to_bytes()).hexdigest(),
-    )
-    faults = index_faults(manifest, index)
-    assert not faults, faults
-    write_file(destination / INDEX_NAME, index.to_bytes())
-    write_file(destination / MANIFEST_NAME, manifest.to_bytes())
-
-
-def index_of(records: list[ShardRecord]) -> Index:
-    """The index of the set that these shards make, in order."""
-
-    def joined(name: str) -> list[int]:
-        return [value for record in records for value in getattr(record, name)]
-
-    shards = np.arange(len(records), dtype=np.int32)
-    sha256 = b"".join(bytes.fromhex(sha256) for record in records for sha256 in record.block_sha256)
-    return Index(
-        sample_shard=np.repeat(shards, [record.shard.samples for record in records]),
-        sample_offset=np.array(joined("sample_offset"), np.int64),
-        sample_size=np.array(joined("sample_size"), np.int32),
-        sample_label=np.array(joined("sample_label"), np.int32),
-        block_shard=np.repeat(shards, [len(record.block_start) for record in records]),
-        block_start=np.array(joined("block_start"), np.int64),
-        block_stop=np.array(joined("block_stop"), np.int64),
-        block_first_sample=np.cumsum([0, *joined("block_samples")], dtype=np.int64),
-        block_sha256=np.frombuffer(sha256, np.uint8).reshape(-1, 32),
-    )
-
-
-def _mean_and_std(planned: Manifest, records: list[ShardRecord], num_samples: int) -> tuple[Channels, Channels]:
-    """Per channel over all pixels, from integer sums, so that the order of the shards does not matter."""
-    assert planned.image_size is not None
-    num_pixels = num_samples * planned.image_size**2
-    sums = [sum(record.pixel_sum[channel] for record in records) for channel in range(3)]
-    square_sums = [sum(record.pixel_square_sum[channel] for record in records) for channel in range(3)]
-    variances = [
-        (num_pixels * square_sum - value**2) / num_pixels**2
-        for value, square_sum in zip(sums, square_sums, strict=True)
-    ]
-    red, green, blue = (value / num_pixels for value in sums)
-    red_std, green_std, blue_std = (math.sqrt(variance) for variance in variances)
-    return (red, green, blue), (red_std, green_std, blue_std)
-
-
-def _clean(destination: Path) -> None:
-    """Removes what only an unfinished build needs."""
-    for pattern in (PLAN_NAME, "shard-*.json", f"*{PART}"):
-        for path in destination.glob(pattern):
-            path.unlink(missing_ok=True)
+def _build_shards(
+    plan: Plan, location: str, numbers: range, workers: int, max_skipped: int, scratch: Path | None
+) -> _Made:
+    remote = object_store.is_remote(location)
+    directory = scratch_directory(plan.manifest, location, scratch) if remote else Path(location)
+    directory.mkdir(parents=True, exist_ok=True)
+    work = build_and_send if remote else build_shard
+    made, total = _Made(), plan.num_images(numbers)
+    with (
+        Bar(total, f"building {plan.manifest.name}", "images") as bar,
+        closing(run(work, plan.tasks(location, directory, numbers), workers, bar)) as results,
+    ):
+        for record, was_kept in results:
+            made.records.append(record)
+            made.built_images += 0 if was_kept else record.shard.samples
+            made.built_shards += not was_kept
+            made.kept_shards += was_kept
+            check_skipped(made.records, total, max_skipped)
+    made.records.sort(key=lambda record: record.shard.name)
+    if remote:
+        with contextlib.suppress(OSError):  # another part works there still
+            directory.rmdir()
+    return made

@@ -7,10 +7,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import object_store, s3
+from pipeline import object_store
 from pipeline.bar import Bar
+from pipeline.build_files import PLAN_NAME
 from pipeline.manifest import INDEX_NAME, MANIFEST_NAME, ShardSet, ShardSetError, open_shard_set
-from pipeline.read_counts import ReadCounts
+from pipeline.send import File, send
 
 
 @dataclass(frozen=True)
@@ -46,70 +47,42 @@ def upload(source: Path, location: str, workers: int = 8) -> UploadReport:
         )
     manifest = shard_set.manifest
     _check_destination(shard_set, location)
-    files = [_File(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards]
+    files = [File(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards]
     index_bytes = (source / INDEX_NAME).stat().st_size
-    files.append(_File(INDEX_NAME, index_bytes, manifest.index_sha256))
-    last = _File(MANIFEST_NAME, (source / MANIFEST_NAME).stat().st_size, shard_set.dataset_id)
+    files.append(File(INDEX_NAME, index_bytes, manifest.index_sha256))
+    last = File(MANIFEST_NAME, (source / MANIFEST_NAME).stat().st_size, shard_set.dataset_id)
 
     begin = time.monotonic()
     with Bar(sum(file.size for file in [*files, last]), "uploading", "B", in_bytes=True) as bar:
-        copy = _Copy(source, location, bar)
+        bar_lock = threading.Lock()
+
+        def advance(num_bytes: int) -> None:
+            with bar_lock:
+                bar.update(num_bytes)
+
+        def bring(file: File) -> bool:
+            return send(file, source, location, advance)
+
         pool = ThreadPoolExecutor(workers)
         try:
-            sending = [pool.submit(copy.bring, file) for file in files]
+            sending = [pool.submit(bring, file) for file in files]
             wait(sending, return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(cancel_futures=True)  # finishes the files under way: a restart finds them
         sent = [future.result() for future in sending if not future.cancelled()]
-        sent.append(copy.bring(last))
+        sent.append(bring(last))
     sizes = [file.size for file, was_sent in zip([*files, last], sent, strict=True) if was_sent]
     return UploadReport(shard_set, len(sizes), sum(sizes), len(sent) - len(sizes), time.monotonic() - begin)
-
-
-@dataclass(frozen=True)
-class _File:
-    name: str
-    size: int
-    sha256: str
-
-
-class _Copy:
-    """One copy under way, by several threads."""
-
-    def __init__(self, source: Path, location: str, bar: Bar) -> None:
-        self._source, self._location, self._bar = source, location, bar
-        self._bar_lock = threading.Lock()
-
-    def bring(self, file: _File) -> bool:
-        """Sends one file unless it is there; returns whether it was sent."""
-        if self._is_there(file):
-            self._advance(file.size)
-            return False
-        path = self._source / file.name
-        with open(path, "rb") as content:
-            got = hashlib.file_digest(content, "sha256").hexdigest()
-        if got != file.sha256:
-            raise ShardSetError(
-                f"{path} is damaged: expected sha256 {file.sha256}, got {got}; "
-                f"`python launch/shards.py verify {self._source}` lists all that is wrong with the set"
-            )
-        s3.upload(self._location, file.name, path, file.sha256, self._advance)
-        if not self._is_there(file):
-            raise OSError(f"{object_store.join(self._location, file.name)}: was sent, but is not there; send it again")
-        return True
-
-    def _is_there(self, file: _File) -> bool:
-        found = s3.find(self._location, file.name, ReadCounts())
-        return found is not None and (found.size, found.metadata.get("sha256")) == (file.size, file.sha256)
-
-    def _advance(self, num_bytes: int) -> None:
-        with self._bar_lock:
-            self._bar.update(num_bytes)
 
 
 def _check_destination(shard_set: ShardSet, location: str) -> None:
     """Refuses to write over another set: a reader that has it open would find its blocks replaced."""
     if not object_store.exists(location, MANIFEST_NAME):
+        if object_store.exists(location, PLAN_NAME):
+            raise ShardSetError(
+                f"{location} holds an unfinished build of a set ({PLAN_NAME}); finish that, choose another prefix, or "
+                "remove what is there"
+            )
         return
     there = hashlib.sha256(object_store.read_bytes(location, MANIFEST_NAME)).hexdigest()
     if there != shard_set.dataset_id:

@@ -1,11 +1,11 @@
-"""Runs tasks in processes: progress by the unit of work, prompt stop, no orphans."""
+"""Runs tasks in processes (progress by the unit of work, prompt stop, no orphans) or in threads."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ def run(work: Callable[[Task, Advance], Result], tasks: Iterator[Task], workers:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     done, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _begin, (done, stop))
+    pool = ProcessPoolExecutor(workers, context, _begin, (dict(os.environ), done, stop))
     pending: set[Future[Result]] = set()
     try:
         for task in tasks:
@@ -61,6 +61,15 @@ def run(work: Callable[[Task, Advance], Result], tasks: Iterator[Task], workers:
         ) from error
     finally:
         stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def in_threads(work: Callable[[Task], Result], tasks: Iterable[Task], threads: int) -> Generator[Result]:
+    """Yields work(task) of each task in order, for work that mostly waits or hashes; the first error ends it."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(work, tasks)
+    finally:
         pool.shutdown(cancel_futures=True)
 
 
@@ -82,9 +91,12 @@ _done: Any
 _stop: Any
 
 
-def _begin(done: Any, stop: Any) -> None:
+def _begin(environment: dict[str, str], done: Any, stop: Any) -> None:
     global _done, _stop
     _done, _stop = done, stop
+    # What the server process inherited when it started may be out of date, such as credentials.
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and says when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from launch import shards
+from pipeline.manifest import open_shard_set
 
 
 @pytest.fixture
@@ -114,7 +115,14 @@ def test_a_tar_with_a_file_that_is_no_image(tree, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--size", 0), ("--size", -3), ("--samples-per-shard", 0), ("--workers", 0), ("--limit-per-class", 0)],
+    [
+        ("--parts", 0),
+        ("--size", 0),
+        ("--size", -3),
+        ("--samples-per-shard", 0),
+        ("--workers", 0),
+        ("--limit-per-class", 0),
+    ],
 )
 def test_numbers_out_of_range_are_refused(tree, tmp_path, capsys, option, value):
     with pytest.raises(SystemExit) as caught:
@@ -130,7 +138,17 @@ def test_numbers_out_of_range_are_refused(tree, tmp_path, capsys, option, value)
             ["build", "--size", "8", "--source", "absent", "--destination", "set"],
             "--source absent does not exist; give",
         ),
-        (["build", "--size", "8", "--source", ".", "--destination", "s3://b/set"], "is no local directory"),
+        (["build", "--size", "8", "--source", ".", "--destination", "gs://b/set"], "is neither a directory nor s3://"),
+        (
+            ["build", "--size", "8", "--source", ".", "--destination", "set", "--part", "1"],
+            "--part needs --parts: --part I --parts N builds part I of N, I from 0 to N - 1",
+        ),
+        (["build", "--size", "8", "--source", ".", "--destination", "set", "--parts", "2"], "--parts needs --part"),
+        (
+            ["build", "--size", "8", "--source", ".", "--destination", "set", "--part", "8", "--parts", "8"],
+            "--part must be from 0 to 7 with --parts 8, got 8; a job array counts so with --array=0-7",
+        ),
+        (["merge", "absent"], "holds no set and no build of one"),
         (["show", "absent"], "holds no manifest.json, so it is no finished shard set"),
         (["verify", "absent"], "holds no manifest.json, so it is no finished shard set"),
     ],
@@ -142,6 +160,59 @@ def test_user_errors_are_one_line_and_exit_1(tmp_path, monkeypatch, capsys, comm
     assert err.startswith("error: ")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_part_that_is_no_number_is_refused(tree, tmp_path, capsys):
+    """What an array task gives that is none of an array."""
+    with pytest.raises(SystemExit):
+        build(tree, tmp_path / "set", "--part", "", "--parts", 2)
+    assert "argument --part: invalid whole_number value: ''" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build(tree, tmp_path / "set", "--part", -1, "--parts", 2)
+    assert "must be at least 0, got -1" in capsys.readouterr().err
+
+
+def test_parts_say_what_is_missing_and_merge_makes_the_set(tree, tmp_path, capsys):
+    destination = tmp_path / "my set"
+    options = ["--samples-per-shard", 3, "--parts", 3]
+    assert build(tree, destination, *options, "--part", 1) == 0
+    out = capsys.readouterr().out
+    assert "part 1 of 3: built 3 images in" in out
+    assert "still missing: 3 of 4 shards (0,2-3), of part(s) 0,2 of 3" in out
+    assert run("merge", destination) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "3 of 4 shards of" in line and "--parts 3 --part 0 (and so on: 0,2, which" in line
+    assert build(tree, destination, *options, "--part", 0) == 0
+    assert build(tree, destination, *options, "--part", 2) == 0
+    assert f"all 4 shards are there; `python launch/shards.py merge '{destination}'` makes the set" in (
+        capsys.readouterr().out
+    )
+    assert run("merge", destination) == 0
+    assert "merged 4 shard(s)\n\nset          flowers, split train" in capsys.readouterr().out
+    assert run("merge", destination) == 0
+    assert "is a set already, nothing to do" in capsys.readouterr().out
+    assert build(tree, destination, *options, "--part", 2) == 0
+    assert "part 2 of 3: " in (out := capsys.readouterr().out) and "holds this set already, nothing to do" in out
+    assert build(tree, tmp_path / "whole", "--samples-per-shard", 3) == 0
+    assert {path.name: path.read_bytes() for path in destination.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_two_parts_at_once_as_processes(tree, tmp_path, repo_root):
+    """Started together, as tasks of a job array are, with a worker process each beside them."""
+    command = [sys.executable, "launch/shards.py", "build", "--source", tree, "--destination", tmp_path / "set"]
+    command += ["--size", "16", "--samples-per-shard", "2", "--workers", "2", "--parts", "2", "--part"]
+    parts = [
+        subprocess.Popen([*map(str, command), part], cwd=repo_root, stdout=subprocess.PIPE, text=True) for part in "01"
+    ]
+    told = [process.communicate(timeout=100)[0] for process in parts]
+    assert [process.returncode for process in parts] == [0, 0]
+    assert all("3 shard(s) built, 0 kept" in text for text in told)
+    assert "all 6 shards are there" in told[0] + told[1]  # the later one says so
+    assert run("merge", tmp_path / "set") == 0
+    assert build(tree, tmp_path / "whole", "--samples-per-shard", 2) == 0
+    assert open_shard_set(str(tmp_path / "set")).dataset_id == open_shard_set(str(tmp_path / "whole")).dataset_id
 
 
 @pytest.mark.parametrize("command", [["launch/shards.py"], ["-m", "launch.shards"]])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import shard_file, shards
+from pipeline import build_files, publish, shard_file, shards
 from pipeline.manifest import ShardSet
 from pipeline.shard_file import Span
 from pipeline.sources import list_source
@@ -281,6 +282,14 @@ def test_a_destination_with_something_else_is_refused(tree, tmp_path, monkeypatc
         build(tree, tmp_path / "other")
 
 
+def test_files_of_others_that_look_half_written_stay(tree, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "film.mkv.part").write_text("")
+    with pytest.raises(shards.BuildError, match=r"no build of ours, such as film\.mkv\.part"):
+        build(tree, tmp_path / "set")
+    assert (tmp_path / "set" / "film.mkv.part").exists()
+
+
 def test_a_changed_source_is_another_set(tmp_path, monkeypatch):
     tree = make_tree(tmp_path / "tree")
     with monkeypatch.context() as patched:
@@ -293,8 +302,10 @@ def test_a_changed_source_is_another_set(tmp_path, monkeypatch):
 
 
 def test_destinations_that_cannot_be_used(tree, tmp_path):
-    with pytest.raises(shards.BuildError, match="is no local directory"):
-        shards.check_destination("s3://bucket/set", tree)
+    with pytest.raises(shards.BuildError, match="is neither a directory nor s3://bucket/prefix"):
+        shards.check_destination("gs://bucket/set", tree)
+    with pytest.raises(shards.BuildError, match="is for builds into s3://"):
+        shards.check_destination(str(tmp_path / "set"), tree, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(shards.BuildError, match=r"cannot be written \(Not a directory\)"):
         shards.check_destination(str(tmp_path / "file" / "set"), tree)
@@ -435,5 +446,159 @@ def test_manifest_names_no_path_of_the_machine(tree, tmp_path):
         ("data/training", ("training", "all")),
     ],
 )
-def test_name_and_split_come_from_the_source(tmp_path, location, expected):
+def testname_and_split_come_from_the_source(tmp_path, location, expected):
     assert shards.name_and_split(tmp_path / location) == expected
+
+
+def part_plan(tree: Path, **options) -> shards.Plan:
+    return shards.plan(list_source(tree), image_size=32, samples_per_shard=3, **options)
+
+
+def build_parts(plan: shards.Plan, destination: Path, which: list[int], parts: int) -> list[shards.PartReport]:
+    destination.mkdir(exist_ok=True)
+    return [shards.build_part(plan, destination, part, parts) for part in which]
+
+
+def test_parts_make_the_set_of_one_build(tree, tmp_path):
+    """8 shards in 3 parts, of which one is built twice; then merged, twice."""
+    plan = part_plan(tree)
+    reports = build_parts(plan, tmp_path / "set", [2, 0, 2, 1], 3)
+    assert [(report.built_shards, report.kept_shards) for report in reports] == [(2, 0), (3, 0), (0, 2), (3, 0)]
+    assert [report.missing for report in reports] == [(0, 1, 3, 4, 6, 7), (1, 4, 7), (1, 4, 7), ()]
+    assert reports[0].num_shards == 8
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    merged = publish.merge(str(tmp_path / "set"))
+    assert not merged.was_there
+    undisturbed = build(tree, tmp_path / "undisturbed", samples_per_shard=3)
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+    assert merged.shard_set.dataset_id == undisturbed.dataset_id
+    (tmp_path / "set" / "shard-000000.json").write_text("left over from a kill while cleaning up")
+    assert publish.merge(str(tmp_path / "set")).was_there
+    (after,) = build_parts(plan, tmp_path / "set", [1], 3)
+    assert after.was_there and after.missing == ()
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+
+
+def test_a_build_without_part_finishes_what_parts_began(tree, tmp_path):
+    plan = part_plan(tree)
+    build_parts(plan, tmp_path / "set", [1], 3)
+    report = shards.build(plan, tmp_path / "set")
+    assert (report.kept_shards, report.built_shards) == (3, 5)
+    build(tree, tmp_path / "undisturbed", samples_per_shard=3)
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("built", "parts", "said"),
+    [
+        ([0, 2], 3, "3 of 8 shards of .* missing .*: 1,4,7. .* with --parts 3 --part 1, or without --part"),
+        ([0], 2, "4 of 8 shards of .* missing .*: 1,3,5,7. .* with --parts 2 --part 1, or without --part"),
+        ([0, 3], 4, r"4 of 8 .*: 1-2,5-6. .* with --parts 4 --part 1 \(and so on: 1-2, which"),
+        ([0, 1, 2, 3, 5], 8, r"3 of 8 .*: 4,6-7. .* with --parts 8 --part 4 \(and so on: 4,6-7, which"),
+        ([], 1, "8 of 8 .*: 0-7. .* with no --part"),
+    ],
+)
+def test_merge_names_the_missing_shards_and_the_parts_that_make_them(tree, tmp_path, built, parts, said):
+    plan = part_plan(tree)
+    build_parts(plan, tmp_path / "set", built, parts)
+    if not built:
+        (tmp_path / "set" / "build.json").write_bytes(plan.manifest.to_bytes())
+    with pytest.raises(shards.BuildError, match=said):
+        publish.merge(str(tmp_path / "set"))
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_merge_does_not_take_a_shard_of_another_size(tree, tmp_path):
+    plan = part_plan(tree)
+    build_parts(plan, tmp_path / "set", [0, 1], 2)
+    cut = (tmp_path / "set" / "shard-000003.tar").read_bytes()[:-512]
+    (tmp_path / "set" / "shard-000003.tar").write_bytes(cut)
+    with pytest.raises(shards.BuildError, match=r"1 of 8 .* missing or not of the size .*: 3\. .*--parts 5 --part 3,"):
+        publish.merge(str(tmp_path / "set"))
+    (again,) = build_parts(plan, tmp_path / "set", [3], 5)
+    assert (again.built_shards, again.missing) == (1, ())
+    publish.merge(str(tmp_path / "set"))
+    build(tree, tmp_path / "undisturbed", samples_per_shard=3)
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+
+
+def test_merge_of_nothing(tmp_path):
+    with pytest.raises(shards.BuildError, match="holds no set and no build of one"):
+        publish.merge(str(tmp_path))
+    (tmp_path / "build.json").write_text("{}")
+    with pytest.raises(shards.BuildError, match=r"build\.json is no plan of a build"):
+        publish.merge(str(tmp_path))
+
+
+def test_merge_counts_the_skipped_of_all_parts(tmp_path):
+    tree = make_tree(tmp_path / "tree")
+    for name in ("class0/1.png", "class1/3.png", "class2/5.png"):
+        (tree / name).write_text("no image at all")
+    plan = part_plan(tree)
+    (tmp_path / "set").mkdir()
+    for part in range(8):
+        shards.build_part(plan, tmp_path / "set", part, 8, max_skipped=3)
+    with pytest.raises(shards.BuildError, match=r"3 of 24 images cannot be read .* --max-skipped allows 2"):
+        publish.merge(str(tmp_path / "set"), 2)
+    assert len(publish.merge(str(tmp_path / "set"), 3).shard_set.manifest.skipped) == 3
+
+
+def test_a_part_that_failed_once_goes_on(tree, tmp_path, monkeypatch):
+    plan = part_plan(tree)
+    with monkeypatch.context() as patched:
+        interrupt_after(5, patched)
+        with pytest.raises(OSError, match="No space"):
+            build_parts(plan, tmp_path / "set", [1], 2)
+    (again,) = build_parts(plan, tmp_path / "set", [1], 2)
+    assert (again.kept_shards, again.built_shards, again.missing) == (2, 2, (0, 2, 4, 6))
+
+
+def test_a_part_of_another_plan_is_refused(tree, tmp_path):
+    build_parts(part_plan(tree), tmp_path / "set", [0], 2)
+    with pytest.raises(shards.BuildError, match=r"unfinished build of another set \(seed is 0 there and 1 now\)"):
+        build_parts(part_plan(tree, seed=1), tmp_path / "set", [1], 2)
+
+
+def test_a_part_leaves_alone_what_another_is_writing(tree, tmp_path):
+    plan = part_plan(tree)
+    (tmp_path / "set").mkdir()
+    writing = [tmp_path / "set" / f"shard-{number:06d}.{kind}.12ab.part" for number, kind in [(0, "tar"), (1, "json")]]
+    for path in writing:
+        path.write_text("")
+    build_parts(plan, tmp_path / "set", [0], 2)
+    assert [path.exists() for path in writing] == [False, True]
+    build_parts(plan, tmp_path / "set", [1], 2)
+    assert [path.exists() for path in writing] == [False, False]
+
+
+def test_more_parts_than_shards(tree, tmp_path):
+    (report,) = build_parts(part_plan(tree), tmp_path / "set", [9], 10)
+    assert (report.built_shards, report.missing) == (0, tuple(range(8)))
+
+
+def test_of_several_plans_at_once_one_is_taken(tree, tmp_path):
+    """Processes that begin together: exactly the plan that is there goes on, all others are refused."""
+    plans = [part_plan(tree, seed=seed).manifest for seed in range(8)]
+
+    def try_to_claim(planned):
+        try:
+            build_files.claim(planned, str(tmp_path))
+        except shards.BuildError as error:
+            assert "build of another set (seed is" in str(error)
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(try_to_claim, plans))
+    assert sum(taken) == 1
+    assert (tmp_path / "build.json").read_bytes() == plans[taken.index(True)].to_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
+
+
+def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    shard_file.create_file(tmp_path / "build.json", b"plan")
+    assert contents(tmp_path) == {"build.json": b"plan"}

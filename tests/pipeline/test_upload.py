@@ -82,6 +82,20 @@ def test_large_files_go_in_parts_and_through_faults(tmp_path, s3_bucket, fault_p
     assert any("partNumber=5" in line for line, _ in proxy.requests)
 
 
+def test_faults_in_the_store_come_in_the_order_of_the_shards(tiny_shards, s3_bucket):
+    location = s3_bucket()
+    upload(tiny_shards, location)
+    where = s3_store.parse(location)
+    for name in ("shard-000002.tar", "shard-000000.tar"):
+        data = bytearray((tiny_shards / name).read_bytes())
+        data[700] ^= 1
+        s3_store.client(where).put_object(Bucket=where.bucket, Key=where.key(name), Body=bytes(data))
+    s3_store.client(where).delete_object(Bucket=where.bucket, Key=where.key("shard-000001.tar"))
+    faults = verify(location, 3)
+    assert [f"shard-{row:06d}.tar" in fault for row, fault in enumerate(faults)] == [True] * 3
+    assert "not found" in faults[1]
+
+
 def test_the_command_uploads_shows_and_verifies(tiny_shards, s3_bucket, capsys, monkeypatch):
     location = s3_bucket()
     assert command.main(["upload", str(tiny_shards), location, "--workers", "2"]) == 0

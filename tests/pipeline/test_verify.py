@@ -1,12 +1,13 @@
 import dataclasses
 import hashlib
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import shard_file, shards
+from pipeline import object_store, shard_file, shards
 from pipeline.manifest import ShardSetError, open_shard_set
 from pipeline.sources import list_source
 from pipeline.verify import verify
@@ -58,14 +59,15 @@ def test_a_flipped_bit_behind_the_last_block_is_found(location):
     assert fault.startswith("shard-000002.tar: expected sha256 ")
 
 
-def test_every_fault_is_reported_at_once(location):
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_every_fault_is_reported_at_once(location, workers):
     flip(location / "shard-000000.tar", 600)
     flip(location / "shard-000000.tar", 12_345)
     (location / "shard-000001.tar").unlink()
     shard = (location / "shard-000002.tar").read_bytes()
     (location / "shard-000002.tar").write_bytes(shard[:-512])
     (location / "shard-000003.tar").write_bytes(shard)
-    faults = verify(str(location))
+    faults = verify(str(location), workers)
     assert [fault.split(":")[0].split("/")[-1] for fault in faults] == [
         "shard-000003.tar",
         "shard-000000.tar",
@@ -76,6 +78,21 @@ def test_every_fault_is_reported_at_once(location):
     assert "is no shard of this set" in faults[0]
     assert "shard-000001.tar: not found" in faults[3]
     assert f"expected {len(shard)} bytes, got {len(shard) - 512}" in faults[4]
+
+
+def test_faults_come_in_the_order_of_the_shards_and_several_are_read_at_once(location, monkeypatch):
+    """Each waits for the two others."""
+    read_range, others = object_store.read_range, threading.Barrier(3, timeout=30)
+    for shard in range(3):
+        flip(location / f"shard-{shard:06d}.tar", 600)
+
+    def slow(location, name, start, stop):
+        if start == 0 and stop > 0:
+            others.wait()
+        return read_range(location, name, start, stop)
+
+    monkeypatch.setattr(object_store, "read_range", slow)
+    assert [fault[:12] for fault in verify(str(location), 3)] == ["shard-000000", "shard-000001", "shard-000002"]
 
 
 def test_without_a_sound_index_the_shards_are_checked_still(location):

@@ -1,10 +1,13 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from pipeline.workers import in_threads
 
 COMMAND = [sys.executable, str(Path(__file__).with_name("pool_worker.py"))]
 
@@ -16,6 +19,26 @@ def run(work: str, workers: int) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_is_done_once_and_progress_adds_up(workers):
     assert run("square", workers).stdout == "[0, 1, 4, 9, 16, 25] 15\n"
+
+
+def test_workers_see_the_environment_as_it_is_when_they_start():
+    """They are forked from a server that may have started long before."""
+    assert run("environment", 2).stdout == "old\nrenewed\n"
+
+
+def test_threads_give_results_in_order_and_the_first_error_ends_them():
+    started = []
+
+    def work(task: int) -> int:
+        started.append(task)
+        time.sleep(0.05 / (1 + task))
+        return 6 // (3 - task)
+
+    results = in_threads(work, range(100), 2)
+    assert [next(results), next(results), next(results)] == [2, 3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert len(started) < 100
 
 
 def test_what_the_work_raises_comes_through():
