@@ -14,23 +14,20 @@ The store of an s3:// address is that of the usual AWS variables and files, or i
 """
 
 import argparse
-import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
 
 from pipeline import shards
 from pipeline.adopt import adopt
 from pipeline.foreign_shard import AdoptError, Reading
 from pipeline.ground_truth import LabelError
-from pipeline.manifest import Manifest, ShardSet, ShardSetError, open_shard_set
+from pipeline.manifest import ShardSetError, open_shard_set
 from pipeline.object_store import LocationError
 from pipeline.publish import merge, ranges
+from pipeline.set_summary import describe_set, in_numbers
 from pipeline.sources import SourceError, list_source
 from pipeline.tars import TarError
 from pipeline.upload import upload
@@ -273,7 +270,7 @@ def _build(options: argparse.Namespace) -> int:
     if options.part is None:
         report = shards.build(plan, destination, **built_as, scratch=options.scratch)
         print(_what_was_built(report, options) + "\n")
-        print(describe(report.shard_set))
+        print(describe_set(report.shard_set))
     else:
         part = shards.build_part(plan, destination, options.part, options.parts, **built_as, scratch=options.scratch)
         print(f"part {options.part} of {options.parts}: {_what_was_built(part, options)}")
@@ -309,7 +306,7 @@ def _merge(options: argparse.Namespace) -> int:
         print(f"{options.set} is a set already, nothing to do; `verify` checks its bytes\n")
     else:
         print(f"merged {len(report.shard_set.manifest.shards):,} shard(s)\n")
-    print(describe(report.shard_set))
+    print(describe_set(report.shard_set))
     return 0
 
 
@@ -327,7 +324,7 @@ def _index(options: argparse.Namespace) -> int:
         workers=options.workers,
     )
     if report.other_files:
-        print(f"passed over beside the tars: {_counts(report.other_files)} file(s)")
+        print(f"passed over beside the tars: {in_numbers(report.other_files)} file(s)")
     names = report.shard_set.manifest.class_names
     if names and options.class_names is None and names[-1].isdigit() and int(names[-1]) >= len(names):
         print(
@@ -341,7 +338,7 @@ def _index(options: argparse.Namespace) -> int:
         + (f"; {report.shard_set.location} held this very index already" if report.was_there else "")
         + "\n"
     )
-    print(describe(report.shard_set))
+    print(describe_set(report.shard_set))
     return 0
 
 
@@ -356,7 +353,7 @@ def _upload(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    print(describe(open_shard_set(options.set)))
+    print(describe_set(open_shard_set(options.set)))
     return 0
 
 
@@ -372,118 +369,6 @@ def _verify(options: argparse.Namespace) -> int:
         f"{manifest.num_samples:,} images, dataset id {shard_set.dataset_id}"
     )
     return 0
-
-
-def describe(shard_set: ShardSet) -> str:
-    """What is in a set, as lines for people."""
-    manifest, index = shard_set.manifest, shard_set.index
-    total_bytes = sum(shard.bytes for shard in manifest.shards)
-    rows = [
-        ("set", f"{manifest.name}, split {manifest.split}"),
-        ("dataset id", shard_set.dataset_id),
-        ("source", f"{manifest.source} ({manifest.source_layout}), {manifest.source_images:,} images"),
-        ("images", f"{manifest.num_samples:,}, {_completeness(manifest)}"),
-        *_class_rows(shard_set),
-        ("pixels", _pixels(manifest)),
-        ("encoding", _ENCODINGS[manifest.encoding]),
-        *_adopted_rows(shard_set),
-        ("shards", f"{len(manifest.shards):,} of {_range([shard.samples for shard in manifest.shards])} images"),
-        ("blocks", f"{index.num_blocks:,} of {_range(np.diff(index.block_first_sample).tolist())} images"),
-        ("bytes", f"{total_bytes:,}, {total_bytes / manifest.num_samples:,.0f} per image"),
-        ("order", f"one permutation of all images, seed {manifest.seed}" if manifest.seed is not None else "as found"),
-        ("built with", ", ".join(f"{name} {version}" for name, version in manifest.library_versions.items()) or "-"),
-        ("skipped", f"{len(manifest.skipped):,}" if manifest.skipped else "none"),
-        *(("", f"{skip.file}: {skip.reason}") for skip in manifest.skipped),
-    ]
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
-
-
-_ENCODINGS = {
-    "webp": "webp, lossless",
-    "raw": "raw: KEY.bin is the uint8 pixels in the order row, column, channel (np.frombuffer)",
-    "png": "png, lossless",
-    "jpeg444": "jpeg, quality 95, 4:4:4 (lossy)",
-    "original": "files as they were",
-}
-
-
-def _completeness(manifest: Manifest) -> str:
-    if manifest.complete:
-        return "the complete set"
-    limit = f", at most {manifest.limit_per_class:,} per class" if manifest.limit_per_class is not None else ""
-    return f"not the complete set{limit}"
-
-
-def _pixels(manifest: Manifest) -> str:
-    if manifest.image_size is None:
-        return "original sizes"
-    text = f"{manifest.image_size} x {manifest.image_size}, {manifest.crop}, {manifest.interpolation}"
-    text += f", {manifest.num_enlarged:,} enlarged; EXIF orientation {manifest.exif_orientation}"
-    if manifest.pixel_mean and manifest.pixel_std:
-        mean, std = (
-            " ".join(f"{value:.2f}" for value in values) for values in (manifest.pixel_mean, manifest.pixel_std)
-        )
-        text += f"; RGB mean {mean}, std {std}"
-    return text
-
-
-def _adopted_rows(shard_set: ShardSet) -> list[tuple[str, str]]:
-    adopted, index = shard_set.manifest.adopted, shard_set.index
-    if adopted is None:
-        return []
-    in_block = [
-        len(np.unique(index.sample_label[first:last])) for first, last in pairwise(index.block_first_sample.tolist())
-    ]
-    labels = f"in {adopted.label_source}; {_range(in_block)} classes in a block" if adopted.label_source else "none"
-    sides = " / ".join(f"{side:,}" for side in adopted.shorter_side)
-    return [
-        ("formats", f"{_counts(adopted.image_formats)}; shorter side {sides} px (min/median/max)"),
-        ("labels", labels),
-        ("members", _counts(adopted.members)),
-        ("lie in", shard_set.shards_location),
-    ]
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name or '(of no sample)'}" for name, count in counts.items())
-
-
-def _class_rows(shard_set: ShardSet) -> list[tuple[str, str]]:
-    manifest, index = shard_set.manifest, shard_set.index
-    if not manifest.num_classes:
-        return [("classes", "none (unconditional)")]
-    counts = np.array(manifest.class_counts)
-    shares = counts[counts > 0] / counts.sum()
-    # 1 for equal classes; a single class is as balanced as can be.
-    balance = float(-(shares * np.log(shares)).sum() / math.log(len(counts))) if len(counts) > 1 else 1.0
-    order = np.argsort(-counts, kind="stable").tolist()
-    in_shard = [
-        len(np.unique(index.sample_label[index.sample_shard == shard])) for shard in range(len(manifest.shards))
-    ]
-    return [
-        ("classes", f"{len(counts):,}, label 0 is {_class(manifest, 0)}, the last {_class(manifest, len(counts) - 1)}"),
-        (
-            "balance",
-            f"{counts.min():,} / {np.median(counts):,.0f} / {counts.max():,} images per class (min/median/max), "
-            f"entropy {balance:.4f} of that of equal classes",
-        ),
-        ("", f"most: {', '.join(_count(manifest, label) for label in order[:3])}"),
-        ("", f"least: {', '.join(_count(manifest, label) for label in order[::-1][:3])}"),
-        ("", f"{_range(in_shard)} classes in a shard"),
-    ]
-
-
-def _class(manifest: Manifest, label: int) -> str:
-    return f"{manifest.class_names[label]} {manifest.class_titles[label] if manifest.class_titles else ''}".strip()
-
-
-def _count(manifest: Manifest, label: int) -> str:
-    return f"{_class(manifest, label)} {manifest.class_counts[label]:,}"
-
-
-def _range(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 if __name__ == "__main__":

@@ -143,7 +143,12 @@ def final_error(error: BaseException, where: S3Location, name: str) -> OSError |
             f"{address}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile (AWS_PROFILE, or "
             f"?profile=NAME after the location), or read a public bucket with ?anonymous=true"
         )
-    passing = (exceptions.HTTPClientError, exceptions.IncompleteReadError, ResponseParserError)
+    passing = (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        ResponseParserError,
+    )
     if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, passing):
         return OSError(f"{address}: {error}; check bucket, region and endpoint")
     return None

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import random
+import socket
 import threading
 import time
 
@@ -174,6 +175,19 @@ def test_wrong_buckets_and_credentials_fail_at_once(store, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     kind, message = failure(store)
     assert kind is PermissionError and "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_a_store_that_refuses_connections_is_asked_again(quick, monkeypatch):
+    """It may be starting anew."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    with socket.socket() as nobody:  # bound, not listening
+        nobody.bind(("127.0.0.1", 0))
+        location = f"s3://bucket/set?endpoint_url=http://127.0.0.1:{nobody.getsockname()[1]}&region=any"
+        with pytest.raises(
+            OSError, match=r"9 attempts in \d+ s brought nothing.*Could not connect.*is up and reachable"
+        ):
+            object_store.read_range(location, "x.bin", 0, 10)
 
 
 @pytest.mark.s3

@@ -79,13 +79,17 @@ def batches_seen(notes, world_size):
     return {number: [i for rank in range(world_size) for i in parts[number, rank]] for number in whole}
 
 
-def kill_after(job, notes, batch):
-    """SIGKILL to the last rank once it was handed this batch."""
+def wait_for_batch(job, notes, batch):
     deadline = time.monotonic() + 200
     pattern = re.compile(rf"^\[{batch},", re.MULTILINE)
     while not ((notes / "rank-0.jsonl").exists() and pattern.search((notes / "rank-0.jsonl").read_text())):
         assert job.poll() is None and time.monotonic() < deadline, (notes / "log").read_text()
         time.sleep(0.01)
+
+
+def kill_after(job, notes, batch):
+    """SIGKILL to the last rank once it was handed this batch."""
+    wait_for_batch(job, notes, batch)
     started = psutil.Process(job.pid)
     ranks = [child for child in [started, *started.children(recursive=True)] if WORKER in child.cmdline()]
     ranks[-1].kill()
@@ -116,6 +120,25 @@ def test_killed_and_resumed_on_other_numbers_of_processes_it_reads_the_same_samp
     assert epoch == list(range(240))
     assert "resuming on 4 process(es) what ran on 1" in log
     assert re.search(r"step 24/24 .* MB/s fetched, cache \d", log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_epoch_goes_on_when_the_store_is_killed_and_started_again(
+    configuration, set_of_40_blocks, s3_server, tmp_path
+):
+    """Its blocks come over the epoch: 2 partitions of 20 blocks each, fetched 4 ahead."""
+    notes = tmp_path / "notes"
+    job = start(2, configuration, notes, "train.global_batch_size=2", "train.num_d_steps=1", "train.steps=120")
+    wait_for_batch(job, notes, 3)
+    s3_server.kill()
+    time.sleep(10)
+    s3_server.start()
+    status, log = finish(job, notes)
+    assert status == 0, log
+    plan = Plan(set_of_40_blocks.index.block_first_sample, 0, 2)
+    assert batches_seen(notes, 2) == {number: plan.batch_sample_ids(number).tolist() for number in range(120)}
+    assert sum(int(count) for count in re.findall(r"(\d+) retries", log)) > 0
 
 
 @pytest.mark.timeout(300)
