@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.backend import World
+from pipeline.world import World
 
 
 class Meter:

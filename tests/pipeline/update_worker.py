@@ -8,11 +8,12 @@ import sys
 import torch
 
 from pipeline import trainer as trainer_module
-from pipeline.backend import Player, World
+from pipeline.backend import Player
 from pipeline.config import load_config
 from pipeline.manifest import open_shard_set
 from pipeline.noise import draw_z
 from pipeline.trainer import Trainer
+from pipeline.world import World
 
 
 def main() -> None:
