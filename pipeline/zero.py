@@ -93,6 +93,7 @@ class Zero:
             optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # must be set; read by nothing that we use
+                "gradient_clipping": 0.0,  # DeepSpeed's own default clips to 1
                 "zero_optimization": {
                     "stage": stage,
                     "reduce_bucket_size": min(num_elements, _BUCKET_ELEMENTS),
@@ -208,4 +209,6 @@ def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         # It would compile this for minutes, at every start on a fresh machine; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It fails on a parameter of shape () in DeepSpeed 0.19.8, and all ranks hold rank 0's parameters already.
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
     return deepspeed
