@@ -51,13 +51,25 @@ def main() -> None:
         "networks": copy.deepcopy(trainer._networks()),
         "optimizers": copy.deepcopy({player.name: player.optimizer_state() for player in players}),
     }
-    trainer._compare_replicas(trainer._networks())
     if world.size > 1:
+        seen["rolled_back"] = world.gather(rolls_back(trainer))
         seen["poisoned"] = poisoned_update(trainer, world, batches)
         seen["dtypes"] = dtypes_under_autocast(trainer, next(batches))
     if world.is_main:
         torch.save(seen, out)
     world.shutdown()
+
+
+def rolls_back(trainer: Trainer) -> bool:
+    """Whether a step after going back to a checkpoint gives the same bits again; replicas are compared on the way."""
+    trainer._save()
+    found = []
+    for _ in range(2):
+        trainer._restore(checkpoint.load(checkpoint.published(trainer.config.run_dir)[-1]))
+        trainer._one_step(trainer.loader.batches(trainer.step * trainer.config.train.num_d_steps))
+        found.append(checkpoint.digests(trainer._networks()))
+        trainer._compare_replicas(trainer._networks())
+    return found[0] == found[1]
 
 
 def poisoned_update(trainer: Trainer, world: World, batches) -> dict:

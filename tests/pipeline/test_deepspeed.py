@@ -83,13 +83,13 @@ def differences(one: dict, other: dict) -> dict[str, float]:
 @pytest.mark.parametrize("backend", ["deepspeed_zero1", "deepspeed_zero2", "cpu_two_processes"])
 def test_five_float32_updates_are_those_of_one_process(backend, config_path, alone, tmp_path):
     """With two discriminator steps, two micro-batches, EMA; and a NaN on one rank alone is skipped by both."""
-    launch(backend, 2, str(WORKER), str(config_path), str(tmp_path / "seen.pt"))
+    launch(backend, 2, str(WORKER), str(config_path), str(tmp_path / "seen.pt"), f"run.name={backend}")
     seen = torch.load(tmp_path / "seen.pt", weights_only=False)
     assert seen["backend"] == {"cpu_two_processes": "ddp"}.get(backend, backend.removeprefix("deepspeed_"))
     found = differences(alone, seen)
-    print(backend, found)
     assert max(found[name] for name in ("losses", "generator", "discriminator", "ema")) < 1e-5, found
     assert found["step"] == 0
+    assert seen["rolled_back"] == [True, True], "the same bits again after a rollback"
     poisoned = seen["poisoned"]
     assert poisoned["unchanged"] == [True, True], "neither parameters nor moments"
     assert poisoned["reports"] == ["discriminator went non-finite at step 6: gradient of embedding.weight"] * 2

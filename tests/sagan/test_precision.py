@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sagan import Discriminator, Ema, Generator, advance_spectral_norm, hinge_d, hinge_g
-from sagan.layers import CrossReplicaBatchNorm2d, SelfAttention, SNConv2d, SpectralNorm, _all_reduce_normalize
+from sagan.layers import (
+    CrossReplicaBatchNorm2d,
+    SelfAttention,
+    SNConv2d,
+    SpectralNorm,
+    _all_reduce_normalize,
+)
 
 LABELS = torch.tensor([0, 1, 2, 1])
 
