@@ -43,10 +43,10 @@ def main() -> int:
         return report(error)
     # Imported late, so that --help and a mistyped key answer at once.
     from pipeline import evaluation
-    from pipeline.backend import WorldSizeError
     from pipeline.features import EvaluationError
     from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
+    from pipeline.world import WorldSizeError
 
     try:
         evaluation.evaluate(arguments.run_dir, config)

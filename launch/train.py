@@ -50,12 +50,12 @@ def main() -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     if "torch" not in sys.modules:
         return (ConfigError,)
-    from pipeline.backend import RanksDifferError, WorldSizeError
     from pipeline.checkpoint import CheckpointError
     from pipeline.health import NonFiniteError
     from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
     from pipeline.trainer import ReplicaError
+    from pipeline.world import RanksDifferError, WorldSizeError
 
     return (
         ConfigError, WorldSizeError, RanksDifferError, CheckpointError, JournalError, NonFiniteError, ShardSetError,

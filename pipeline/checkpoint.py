@@ -39,6 +39,7 @@ class TrainerState:
     world_size: int
     config: dict[str, Any]
     versions: dict[str, str]
+    backend: str = "ddp"  # or zero1, zero2; checkpoints from before it was noted are ddp
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Checkpoint:
     path: Path
     state: TrainerState
     networks: dict[str, dict[str, Tensor]]  # generator, discriminator, ema: state dicts
-    optimizers: dict[str, dict[str, Any]]  # generator, discriminator: Adam's state dicts
+    optimizers: dict[str, dict[str, Any]]  # generator, discriminator: Adam's state dicts, whole under ZeRO too
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

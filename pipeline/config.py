@@ -29,7 +29,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     deterministic: bool = False  # bitwise repeatable on CUDA too, at some cost; CPU always is
     expected_world_size: PositiveInt | None = None  # an error, not a surprise, when another number of processes starts
-    accept_changes: tuple[str, ...] = ()  # hyperparameters that a resume may change, such as [optimizer.lr_g]
+    # What a resume may change: hyperparameters, such as [optimizer.lr_g]; data.shards; backend (between DDP and ZeRO).
+    accept_changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

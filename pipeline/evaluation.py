@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint, reference, tracking
-from pipeline.backend import World, configure_determinism
 from pipeline.config import Config, ConfigError, changed_hyperparameters
 from pipeline.features import (
     IS_SHUFFLE_SEED,
@@ -40,6 +39,7 @@ from pipeline.noise import draw_labels, draw_z
 from pipeline.reference import Moments, Statistics, on_rank_0, progress
 from pipeline.sampling import to_uint8
 from pipeline.shard_file import write_file
+from pipeline.world import World, configure_determinism
 
 FORMAT = 1
 OFFICIAL_NUM_IMAGES = 50_000

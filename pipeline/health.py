@@ -32,31 +32,33 @@ class FiniteWatch:
 
     Args:
         network: name for the report.
-        parameters: (name, parameter) of the network whose gradients are watched.
+        names: of the network's parameters.
         device: where the flags live.
     """
 
-    def __init__(self, network: str, parameters: Sequence[tuple[str, torch.nn.Parameter]], device: torch.device):
-        self.network = network
-        self.names = [name for name, _ in parameters]
-        self.parameters = [parameter for _, parameter in parameters]
+    def __init__(self, network: str, names: Sequence[str], device: torch.device):
+        self.network, self.names = network, list(names)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.first_bad_tensors = torch.zeros(len(self.names), dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def found_non_finite(self, step: int, loss: Tensor) -> Tensor:
+    def found_non_finite(self, step: int, loss: Tensor, first: int, gradients: Sequence[Tensor]) -> Tensor:
         """Returns a float32 scalar on the device: 1 where the update must be skipped, equal on every rank, else 0.
 
         Args:
             step: generator update this belongs to, for the report.
             loss: this rank's loss, a scalar.
+            first: number of the parameter that the first of `gradients` belongs to.
+            gradients: of consecutive parameters, whole or in part; the ranks together hold all of them.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        assert len(gradients) == len(self.parameters), f"{self.network}: a parameter received no gradient"
-        bad_tensors = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
-        bad = (bad_tensors.any() | ~loss.isfinite()).float()
+        flags = torch.zeros(len(self.names) + 1, device=self.first_bad_step.device)
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(list(gradients), float("inf")))
+            flags[first : first + len(gradients)] = (~norms.isfinite()).float()
+        flags[-1] = (~loss.isfinite()).float()
         if dist.is_initialized():
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        bad, bad_tensors = flags.max(), flags[:-1] > 0
         is_first = (bad > 0) & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(is_first, step, self.first_bad_step))
         self.first_bad_tensors.copy_(torch.where(is_first, bad_tensors, self.first_bad_tensors))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.backend import World
 from pipeline.read_counts import ReadCounts
+from pipeline.world import World
 
 
 class Meter:

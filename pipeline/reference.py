@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from pipeline import images
-from pipeline.backend import World
 from pipeline.bar import Bar
 from pipeline.block_cache import BlockCache
 from pipeline.config import Config
@@ -27,6 +26,7 @@ from pipeline.features import EvaluationError, Extractor, Float64
 from pipeline.loader import read_in_order
 from pipeline.manifest import ShardSet
 from pipeline.shard_file import write_file
+from pipeline.world import World
 
 FORMAT = 1
 

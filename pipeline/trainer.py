@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint, sampling
-from pipeline.backend import Player, World, configure_determinism
+from pipeline.backend import Player
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
@@ -30,9 +30,11 @@ from pipeline.read_counts import ReadCounts
 from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
 from pipeline.summary import check_data, describe, steps_per_epoch
 from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
+from pipeline.world import World, configure_determinism
 from sagan import Ema, advance_spectral_norm, attention_gains
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+_LAUNCHES = {"ddp": "one_machine.yaml", "zero1": "deepspeed_zero1.yaml", "zero2": "deepspeed_zero2.yaml"}
 
 
 def dry_run(config: Config) -> None:
@@ -223,9 +225,9 @@ class Trainer:
         started = time.perf_counter()
         networks = self._networks()
         self._compare_replicas(networks)
+        optimizers = {player.name: player.optimizer_state() for player in (self.generator, self.discriminator)}
         error = ""
         if self.world.is_main:
-            optimizers = {player.name: player.optimizer.state_dict() for player in (self.generator, self.discriminator)}
             try:
                 path = checkpoint.save(self.config.run_dir, self._state(), networks, optimizers)
                 checkpoint.prune(self.config.run_dir, self.config.train.keep_checkpoints)
@@ -257,11 +259,9 @@ class Trainer:
         self.progress.say(f"resumed from {path}")
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        self.generator.module.load_state_dict(found.networks["generator"])
-        self.discriminator.module.load_state_dict(found.networks["discriminator"])
+        for player in (self.generator, self.discriminator):
+            player.restore(found.networks[player.name], found.optimizers[player.name])
         self.ema.module.load_state_dict(found.networks["ema"])
-        self.generator.optimizer.load_state_dict(found.optimizers["generator"])
-        self.discriminator.optimizer.load_state_dict(found.optimizers["discriminator"])
         self.step = found.state.step
 
     def _check_resumable(self, state: TrainerState, path: Path) -> None:
@@ -282,6 +282,16 @@ class Trainer:
                 f"{path} read its data in order version {state.plan_version}, this code has {PLAN_VERSION}; "
                 "finish the run with the code that began it"
             )
+        backend = self.generator.backend
+        if state.backend != backend and "backend" not in self.config.run.accept_changes:
+            raise ConfigError(
+                f"{path} was trained with {state.backend}, this launch is {backend} (ddp: DDP or one process; zero1, "
+                f"zero2: DeepSpeed). Launch as before (configs/accelerate/{_LAUNCHES[state.backend]}), choose another "
+                "run.name, or take over its weights, EMA and Adam moments with run.accept_changes=[backend]; sums are "
+                "then taken in another order, so the last digits will differ"
+            )
+        if state.backend != backend:
+            self.progress.say(f"resuming with {backend} what ran with {state.backend}, as run.accept_changes says")
         if state.world_size != self.world.size:
             self.progress.say(
                 f"resuming on {self.world.size} process(es) what ran on {state.world_size}: same samples, noise and "
@@ -334,6 +344,7 @@ class Trainer:
             plan_version=PLAN_VERSION,
             dataset_id=self.shard_set.dataset_id,
             world_size=self.world.size,
+            backend=self.generator.backend,
             config=to_dict(self.config),
             versions={name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
         )

@@ -13,8 +13,8 @@ DOORS = {
     "mlflow": {"pipeline/mlflow_sender.py"},
     "torch_fidelity": {"pipeline/features.py"},
     "sklearn": {"pipeline/digits.py"},
-    "accelerate": {"pipeline/backend.py"},
-    "deepspeed": {"pipeline/backend.py"},
+    "accelerate": {"pipeline/world.py"},
+    "deepspeed": {"pipeline/zero.py"},
 }
 FILES = [path.relative_to(ROOT) for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 

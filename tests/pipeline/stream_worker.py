@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from launch.errors import report
-from pipeline.backend import RanksDifferError
 from pipeline.config import load_config
 from pipeline.loader import Loader
 from pipeline.manifest import ShardSetError
 from pipeline.trainer import train
+from pipeline.world import RanksDifferError
 
 
 def main() -> int:

@@ -9,7 +9,11 @@ from pipeline.health import FiniteWatch
 
 
 def watched(network: nn.Module) -> FiniteWatch:
-    return FiniteWatch("generator", list(network.named_parameters()), torch.device("cpu"))
+    return FiniteWatch("generator", [name for name, _ in network.named_parameters()], torch.device("cpu"))
+
+
+def gradients_of(network: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in network.parameters()]
 
 
 def with_gradients(network: nn.Module) -> None:
@@ -20,7 +24,7 @@ def test_finite_gradients_pass():
     network = nn.Linear(3, 2)
     with_gradients(network)
     watch = watched(network)
-    assert float(watch.found_non_finite(1, torch.tensor(0.5))) == 0
+    assert float(watch.found_non_finite(1, torch.tensor(0.5), 0, gradients_of(network))) == 0
     assert watch.report() is None
 
 
@@ -29,11 +33,11 @@ def test_the_first_bad_update_is_named_and_later_ones_do_not_hide_it(value):
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     with_gradients(network)
     watch = watched(network)
-    watch.found_non_finite(6, torch.tensor(0.0))
+    watch.found_non_finite(6, torch.tensor(0.0), 0, gradients_of(network))
     network[1].bias.grad[0] = value
-    assert float(watch.found_non_finite(7, torch.tensor(0.0))) == 1
+    assert float(watch.found_non_finite(7, torch.tensor(0.0), 0, gradients_of(network))) == 1
     network[0].weight.grad.fill_(value)
-    assert float(watch.found_non_finite(8, torch.tensor(0.0))) == 1
+    assert float(watch.found_non_finite(8, torch.tensor(0.0), 0, gradients_of(network))) == 1
     assert str(watch.report()) == "generator went non-finite at step 7: gradient of 1.bias"
     watch.reset()
     assert watch.report() is None
@@ -43,8 +47,19 @@ def test_a_non_finite_loss_counts_although_relu_hides_it_from_the_gradients():
     network = nn.Linear(3, 2)
     with_gradients(network)
     watch = watched(network)
-    assert float(watch.found_non_finite(2, torch.tensor(float("nan")))) == 1
+    assert float(watch.found_non_finite(2, torch.tensor(float("nan")), 0, gradients_of(network))) == 1
     assert str(watch.report()) == "generator went non-finite at step 2: loss"
+
+
+def test_a_rank_that_holds_some_gradients_names_the_right_ones():
+    """As under ZeRO: consecutive parameters, counted from the first that this rank holds."""
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    watch = watched(network)
+    watch.found_non_finite(3, torch.tensor(0.0), 2, [torch.ones(4), torch.tensor([float("nan")])])
+    assert str(watch.report()) == "generator went non-finite at step 3: gradient of 1.bias"
+    watch.reset()
+    watch.found_non_finite(4, torch.tensor(float("inf")), 0, [])
+    assert str(watch.report()) == "generator went non-finite at step 4: loss"
 
 
 def test_fused_adam_skips_the_flagged_update():

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 from pipeline import reference
-from pipeline.backend import World
 from pipeline.config import Config, config_from_dict
 from pipeline.features import EvaluationError, Extractor
 from pipeline.manifest import ShardSet, ShardSetError, open_shard_set
 from pipeline.reference import Moments
+from pipeline.world import World
 
 
 class Corners(nn.Module):

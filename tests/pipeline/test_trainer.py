@@ -120,6 +120,27 @@ def test_changed_hyperparameters_are_listed_and_refused_unless_accepted(configur
     assert last_checkpoint(configure()).state.step == 4
 
 
+def test_an_accepted_learning_rate_is_the_one_that_trains(configure):
+    """Adam's state dict carries the learning rate of its day; the configuration decides."""
+    train(configure("train.steps=2"))
+    train(configure("optimizer.lr_g=0.5", "run.accept_changes=[optimizer.lr_g]", "train.steps=4"))
+    optimizer = last_checkpoint(configure()).optimizers["generator"]
+    assert optimizer["param_groups"][0]["lr"] == 0.5
+    assert optimizer["state"][0]["step"] == 4, "the moments go on"
+
+
+def test_another_memory_layout_takes_the_moments_in_order(configure):
+    """Fused Adam pairs weights and moments by memory, and channels_last may change between runs."""
+    whole, mixed = configure("run.name=whole"), configure("run.name=mixed")
+    train(whole)
+    train(configure("run.name=mixed", "train.steps=4", "train.channels_last=true"))
+    train(configure("run.name=mixed", "train.channels_last=false"))
+    one, other = last_checkpoint(whole), last_checkpoint(mixed)
+    for index, moments in one.optimizers["discriminator"]["state"].items():
+        found = other.optimizers["discriminator"]["state"][index]["exp_avg_sq"]
+        torch.testing.assert_close(found, moments["exp_avg_sq"], rtol=1e-2, atol=1e-6)
+
+
 def test_another_data_set_is_refused(configure, monkeypatch):
     train(configure("train.steps=2"))
     path = checkpoint.published(configure().run_dir)[-1]

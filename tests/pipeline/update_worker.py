@@ -3,16 +3,18 @@
 Usage: update_worker.py CONFIG OUT [override ...] [--noise-by-rank]. Run by torch.distributed.run or by itself.
 """
 
+import copy
 import sys
 
 import torch
 
 from pipeline import trainer as trainer_module
-from pipeline.backend import Player, World
+from pipeline.backend import Player
 from pipeline.config import load_config
 from pipeline.manifest import open_shard_set
 from pipeline.noise import draw_z
-from pipeline.trainer import Trainer
+from pipeline.trainer import ReplicaError, Trainer
+from pipeline.world import World
 
 
 def main() -> None:
@@ -42,9 +44,24 @@ def main() -> None:
     for _ in range(5):
         trainer._one_step(recorded(batches, seen, world, config.train.accumulation_steps))
     if world.is_main:
-        seen["networks"] = trainer._networks()
+        seen["networks"] = copy.deepcopy(trainer._networks())
+    if world.size > 1:
+        seen["replica_errors"] = world.gather(spoil_last_rank(trainer, world))
+    if world.is_main:
         torch.save(seen, out)
     world.shutdown()
+
+
+def spoil_last_rank(trainer: Trainer, world: World) -> str:
+    """Changes one buffer of the last rank by the last bit, as a replica that drifts would, and tries to save."""
+    if world.rank == world.size - 1:
+        running_var = trainer.generator.module.blocks[0].norm1.norm.running_var
+        running_var[0] = torch.nextafter(running_var[0], torch.tensor(9.0, dtype=running_var.dtype))
+    try:
+        trainer._save()
+    except ReplicaError as error:
+        return str(error)
+    return "saved"
 
 
 def recorded(batches, seen, world, accumulation_steps):
