@@ -40,6 +40,7 @@ class TrainerState:
     config: dict[str, Any]
     versions: dict[str, str]
     backend: str = "ddp"  # or zero1, zero2; checkpoints from before it was noted are ddp
+    redrawn: tuple[tuple[int, int], ...] = ()  # (first, last) steps that were gone back on and drew other noise then
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def find_fault(path: Path) -> str | None:
 
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint onto the CPU; `newest` or `find_fault` has verified it."""
-    state = TrainerState(**json.loads((path / "trainer.json").read_text()))
+    entries = json.loads((path / "trainer.json").read_text())
+    state = TrainerState(**entries | {"redrawn": tuple(map(tuple, entries.get("redrawn", ())))})
     networks = {
         name: safetensors.torch.load_file(path / f"{name}.safetensors")
         for name in ("generator", "discriminator", "ema")

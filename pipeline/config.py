@@ -145,7 +145,7 @@ class TrackingConfig:
 class HealthConfig:
     """What happens when training goes wrong."""
 
-    on_non_finite: Literal["rollback", "stop"] = "rollback"
+    on_failure: Literal["rollback", "stop"] = "rollback"  # of numbers: NaN or infinity in a loss, gradient or buffer
     max_rollbacks: NonNegativeInt = 3  # a run that goes non-finite more often than this stops
     stall_seconds: PositiveFinite = 1800.0  # without a step for so long, every rank prints its stack and the job ends
 

@@ -3,10 +3,11 @@
 import faulthandler
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class NonFiniteError(RuntimeError):
@@ -15,20 +16,25 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The first update of a network that was skipped because its loss or a gradient was NaN or infinite."""
+    """The first update of a network whose loss or a gradient, or after which a buffer, was NaN or infinite."""
 
     network: str
     step: int
-    tensors: tuple[str, ...]  # parameters with a non-finite gradient; empty when it was the loss alone
+    tensors: tuple[str, ...]  # parameters with a non-finite gradient, or buffers; empty when it was the loss alone
+    of: Literal["gradient", "buffer"] = "gradient"
 
     def __str__(self) -> str:
         names = ", ".join(self.tensors[:3]) + (f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else "")
-        where = f"gradient of {names}" if self.tensors else "loss"
+        where = {"gradient": f"gradient of {names}", "buffer": f"buffer {names}"}[self.of] if self.tensors else "loss"
         return f"{self.network} went non-finite at step {self.step}: {where}"
 
 
 class FiniteWatch:
     """Decides on the device whether an update may be applied, and remembers the first that may not.
+
+    Attributes:
+        largest_gradient: infinity norm of the last update's finite gradients, a float32 scalar on the device, equal on
+            every rank.
 
     Args:
         network: name for the report.
@@ -38,6 +44,7 @@ class FiniteWatch:
 
     def __init__(self, network: str, names: Sequence[str], device: torch.device):
         self.network, self.names = network, list(names)
+        self.largest_gradient = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.first_bad_tensors = torch.zeros(len(self.names), dtype=torch.bool, device=device)
 
@@ -51,14 +58,16 @@ class FiniteWatch:
             first: number of the parameter that the first of `gradients` belongs to.
             gradients: of consecutive parameters, whole or in part; the ranks together hold all of them.
         """
-        flags = torch.zeros(len(self.names) + 1, device=self.first_bad_step.device)
+        found = torch.zeros(len(self.names) + 2, device=self.first_bad_step.device)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(list(gradients), float("inf")))
-            flags[first : first + len(gradients)] = (~norms.isfinite()).float()
-        flags[-1] = (~loss.isfinite()).float()
+            norms = torch.stack(torch._foreach_norm(list(gradients), float("inf"))).float()
+            found[first : first + len(gradients)] = (~norms.isfinite()).float()
+            found[-1] = torch.where(norms.isfinite(), norms, 0).max()
+        found[-2] = (~loss.isfinite()).float()
         if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, bad_tensors = flags.max(), flags[:-1] > 0
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        self.largest_gradient = found[-1]
+        bad, bad_tensors = found[:-1].max(), found[:-2] > 0
         is_first = (bad > 0) & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(is_first, step, self.first_bad_step))
         self.first_bad_tensors.copy_(torch.where(is_first, bad_tensors, self.first_bad_tensors))
@@ -76,6 +85,15 @@ class FiniteWatch:
         """Forgets what was found, after a rollback."""
         self.first_bad_step.fill_(-1)
         self.first_bad_tensors.zero_()
+
+
+def non_finite_buffers(module: nn.Module) -> list[str]:
+    """Returns the names of the buffers that hold a NaN or an infinity; waits for the device."""
+    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    if not buffers:
+        return []
+    bad = torch.stack([~buffer.isfinite().all() for buffer in buffers.values()]).tolist()
+    return [name for name, is_bad in zip(buffers, bad, strict=True) if is_bad]
 
 
 def arm_stall_watch(seconds: float) -> None:

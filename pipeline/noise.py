@@ -9,12 +9,13 @@ from torch import Tensor
 Purpose = Literal["d_z", "d_labels", "g_z", "g_labels", "grid_z", "eval_z", "eval_labels"]
 
 
-def _generator(seed: int, purpose: Purpose, step: int, index: int) -> torch.Generator:
-    key = hashlib.sha256(f"{seed}/{purpose}/{step}/{index}".encode()).digest()
+def _generator(seed: int, purpose: Purpose, step: int, index: int, attempt: int) -> torch.Generator:
+    again = f"/{attempt}" if attempt else ""
+    key = hashlib.sha256(f"{seed}/{purpose}/{step}/{index}{again}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
-def draw_z(seed: int, purpose: Purpose, step: int, index: int, num_images: int, z_dim: int) -> Tensor:
+def draw_z(seed: int, purpose: Purpose, step: int, index: int, num_images: int, z_dim: int, attempt: int = 0) -> Tensor:
     """Returns z ~ N(0, 1), (num_images, z_dim) float32 on the CPU, a function of the arguments alone.
 
     Args:
@@ -24,15 +25,18 @@ def draw_z(seed: int, purpose: Purpose, step: int, index: int, num_images: int, 
         index: discriminator update within the step, 0 elsewhere.
         num_images: rows, of the whole global batch.
         z_dim: columns.
+        attempt: how often this step was gone back on, so that other noise is drawn.
     """
-    return torch.randn(num_images, z_dim, generator=_generator(seed, purpose, step, index))
+    return torch.randn(num_images, z_dim, generator=_generator(seed, purpose, step, index, attempt))
 
 
-def draw_labels(seed: int, purpose: Purpose, step: int, index: int, num_images: int, num_classes: int) -> Tensor | None:
+def draw_labels(
+    seed: int, purpose: Purpose, step: int, index: int, num_images: int, num_classes: int, attempt: int = 0
+) -> Tensor | None:
     """Returns uniform labels, (num_images,) int64 on the CPU; None for an unconditional model (num_classes 0)."""
     if num_classes == 0:
         return None
-    return torch.randint(num_classes, (num_images,), generator=_generator(seed, purpose, step, index))
+    return torch.randint(num_classes, (num_images,), generator=_generator(seed, purpose, step, index, attempt))
 
 
 def rank_micro_batches(rows: Tensor, accumulation_steps: int, rank: int, world_size: int) -> list[Tensor]:

@@ -49,21 +49,24 @@ def discriminator_step(
         autocast: reentrant context of the forward passes.
 
     Returns:
-        Detached device scalars: d_loss, real_logits, fake_logits (means).
+        Detached device scalars. Means: d_loss, real_logits, fake_logits. Signs of collapse, within a micro-batch of a
+        rank: real_logits_std and fake_logits_std; real_pixel_std and fake_pixel_std, the spread of the images at a
+        pixel, averaged over pixels. d_largest_gradient: the infinity norm.
     """
     advance_spectral_norm(discriminator.module)
-    totals = torch.zeros(3, device=micro_batches[0][0].images.device)
+    totals = torch.zeros(len(_D_NUMBERS), device=micro_batches[0][0].images.device)
     for real, noise in discriminator.accumulate(micro_batches):
         with autocast:
             with torch.no_grad():
                 fake_images = generator.module(noise.z, noise.labels)
             images = torch.cat([real.images, fake_images.to(real.images.dtype)])
             real_logits, fake_logits = discriminator(images, _cat_labels(real.labels, noise.labels)).chunk(2)
-        loss = hinge_d(real_logits, fake_logits) / len(micro_batches)
-        discriminator.backward(loss)
-        totals = totals + torch.stack([loss.detach(), *_means(len(micro_batches), real_logits, fake_logits)])
+        loss = hinge_d(real_logits, fake_logits)
+        discriminator.backward(loss / len(micro_batches))
+        totals = totals + _numbers(loss, real_logits, fake_logits, images) / len(micro_batches)
     discriminator.update(step, totals[0])
-    return dict(zip(("d_loss", "real_logits", "fake_logits"), totals, strict=True))
+    numbers = dict(zip(_D_NUMBERS, totals, strict=True))
+    return numbers | {"d_largest_gradient": discriminator.watch.largest_gradient}
 
 
 def generator_step(
@@ -86,7 +89,8 @@ def generator_step(
         autocast: reentrant context of the forward passes.
 
     Returns:
-        Detached device scalars (g_loss), and the flag that is 1 where the update was skipped as non-finite.
+        Detached device scalars (g_loss, g_largest_gradient), and the flag that is 1 where the update was skipped as
+        non-finite.
     """
     total = torch.zeros((), device=micro_batches[0].z.device)
     with discriminator.frozen():
@@ -97,11 +101,20 @@ def generator_step(
             generator.backward(loss)
             total = total + loss.detach()
     skipped = generator.update(step, total)
-    return {"g_loss": total}, skipped
+    return {"g_loss": total, "g_largest_gradient": generator.watch.largest_gradient}, skipped
 
 
-def _means(num_micro_batches: int, *logits: Tensor) -> list[Tensor]:
-    return [values.detach().mean() / num_micro_batches for values in logits]
+_D_NUMBERS = (
+    "d_loss", "real_logits", "fake_logits", "real_logits_std", "fake_logits_std", "real_pixel_std", "fake_pixel_std",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def _numbers(loss: Tensor, real_logits: Tensor, fake_logits: Tensor, images: Tensor) -> Tensor:
+    """The `_D_NUMBERS` of one micro-batch."""
+    logits = [real_logits.float(), fake_logits.float()]
+    spreads = [values.std(0, correction=0).mean() for values in (*logits, *images.float().chunk(2))]
+    return torch.stack([loss.float(), *(values.mean() for values in logits), *spreads])
 
 
 def _cat_labels(real: Tensor | None, fake: Tensor | None) -> Tensor | None:

@@ -54,6 +54,9 @@ class Tracker(Protocol):
     def log_image(self, step: int, path: Path) -> None:
         """Records a picture, which stays where it is and is copied to the run's artifacts, folder `samples`."""
 
+    def log_note(self, step: int, name: str, text: str) -> None:
+        """Records an event in words, a tag `name` of the run."""
+
     def close(self, status: Status) -> None:
         """Ends the record of this process."""
 
@@ -65,6 +68,9 @@ class NullTracker:
         """Does nothing."""
 
     def log_image(self, step: int, path: Path) -> None:
+        """Does nothing."""
+
+    def log_note(self, step: int, name: str, text: str) -> None:
         """Does nothing."""
 
     def close(self, status: Status) -> None:
@@ -108,6 +114,10 @@ class RunTracker:
     def log_image(self, step: int, path: Path) -> None:
         """See `Tracker`."""
         self._files.log(step, files={_inside(path, self._run_dir): "samples"})
+
+    def log_note(self, step: int, name: str, text: str) -> None:
+        """See `Tracker`."""
+        self._points.log(step, tags={name: text})
 
     def close(self, status: Status) -> None:
         """Notes how the training ended and waits for the sender, a minute at most."""

@@ -19,7 +19,7 @@ from pipeline.backend import Player
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
-from pipeline.health import NonFiniteError, arm_stall_watch, disarm_stall_watch
+from pipeline.health import NonFinite, NonFiniteError, arm_stall_watch, disarm_stall_watch, non_finite_buffers
 from pipeline.loader import Batch, Loader
 from pipeline.manifest import ShardSet, open_shard_set
 from pipeline.networks import build_discriminator, build_generator
@@ -31,7 +31,7 @@ from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
 from pipeline.summary import check_data, describe, steps_per_epoch
 from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
 from pipeline.world import World, configure_determinism
-from sagan import Ema, advance_spectral_norm, attention_gains
+from sagan import Ema, advance_spectral_norm, attention_gains, spectral_norms
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 _LAUNCHES = {"ddp": "one_machine.yaml", "zero1": "deepspeed_zero1.yaml", "zero2": "deepspeed_zero2.yaml"}
@@ -95,7 +95,8 @@ class Trainer:
         self.counts = ReadCounts()  # of the loader, when they were last logged
         self.progress = Progress(0, config.train.steps, world.is_main)
         self.step = 0  # updates done
-        self.rollbacks = 0
+        self.trouble: NonFinite | None = None
+        self.redrawn: tuple[tuple[int, int], ...] = ()  # steps that were gone back on, see TrainerState
 
     def run(self) -> None:
         """Resumes, trains, and leaves the run directory ready for whatever comes next."""
@@ -135,7 +136,7 @@ class Trainer:
             stopping = agreement.result()
             last = self.step == train.steps or stopping
             log, save = self._due(train.log_every_steps, last), self._due(train.checkpoint_every_steps, last)
-            if (log or save) and (self.discriminator.watch.report() or self.generator.watch.report()):
+            if (log or save) and self._find_trouble():
                 return False
             if log:
                 self._log()
@@ -172,8 +173,9 @@ class Trainer:
     def _draw(self, z_purpose: Purpose, labels_purpose: Purpose, step: int, index: int) -> list[Noise]:
         """Draws noise and labels for the whole global batch and returns this rank's part of each micro-batch."""
         seed, model, train = self.config.run.seed, self.config.model, self.config.train
-        z = draw_z(seed, z_purpose, step, index, train.global_batch_size, model.z_dim)
-        labels = draw_labels(seed, labels_purpose, step, index, train.global_batch_size, model.num_classes)
+        attempt = sum(first <= step <= last for first, last in self.redrawn)
+        z = draw_z(seed, z_purpose, step, index, train.global_batch_size, model.z_dim, attempt)
+        labels = draw_labels(seed, labels_purpose, step, index, train.global_batch_size, model.num_classes, attempt)
         z_parts = self._this_ranks(z.to(_DTYPES[train.precision]))
         labels_parts = [None] * len(z_parts) if labels is None else self._this_ranks(labels)
         return [Noise(*parts) for parts in zip(z_parts, labels_parts, strict=True)]
@@ -216,6 +218,9 @@ class Trainer:
         }
         metrics |= data_metrics(sum(all_counts, ReadCounts()), seconds)
         for network in (self.generator, self.discriminator):
+            norms = torch.stack(list(spectral_norms(network.module).values()))
+            metrics[f"spectral_norm/{network.name}_max"] = float(norms.max())
+            metrics[f"spectral_norm/{network.name}_mean"] = float(norms.mean())
             for name, gain in attention_gains(network.module).items():
                 metrics[f"attention/{network.name}_{name}"] = float(gain)
         self.tracker.log_metrics(self.step, metrics)
@@ -256,6 +261,7 @@ class Trainer:
         found = checkpoint.load(path)
         self._check_resumable(found.state, path)
         self._restore(found)
+        self.redrawn = found.state.redrawn
         self.progress.say(f"resumed from {path}")
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
@@ -298,26 +304,40 @@ class Trainer:
                 "labels at every step; sums are taken in another order, so the last digits will differ"
             )
 
+    def _find_trouble(self) -> bool:
+        """Looks for non-finite numbers, in the same place on every rank; waits for the device."""
+        players = (self.discriminator, self.generator)
+        buffers = {player.name: non_finite_buffers(player.module) for player in players}
+        found = [player.watch.report() for player in players]
+        for on_rank in self.world.gather(buffers):
+            found += [NonFinite(name, self.step, tuple(bad), "buffer") for name, bad in on_rank.items() if bad]
+        self.trouble = next((trouble for trouble in found if trouble), None)
+        return self.trouble is not None
+
     def _roll_back(self) -> None:
-        """Goes back to the last checkpoint: a skipped update spared the weights, but BN and SN buffers have moved."""
-        finding = self.discriminator.watch.report() or self.generator.watch.report()
-        self.rollbacks += 1
-        health = self.config.health
-        if health.on_non_finite == "stop" or self.rollbacks > health.max_rollbacks:
+        """Goes back to the last checkpoint, as BN and SN buffers have moved, and on from there with other noise."""
+        trouble, health, rollbacks = self.trouble, self.config.health, len(self.redrawn)
+        if health.on_failure == "stop" or rollbacks >= health.max_rollbacks:
             raise NonFiniteError(
-                f"{finding}. Stopped after {self.rollbacks - 1} rollback(s) (health.on_non_finite="
-                f"{health.on_non_finite}, health.max_rollbacks={health.max_rollbacks}). Updates are repeatable, so a "
-                "fault that comes back is in the numbers: lower optimizer.lr_d and lr_g (with run.accept_changes) or "
-                "use train.precision=float32"
+                f"{trouble}. Stopped after {rollbacks} rollback(s) (health.on_failure={health.on_failure}, "
+                f"health.max_rollbacks={health.max_rollbacks}). Other noise did not help, so the fault is in the "
+                "numbers: lower optimizer.lr_d and lr_g (with run.accept_changes) or use train.precision=float32"
             )
+        path, _ = self.world.broadcast(checkpoint.newest(self.config.run_dir) if self.world.is_main else (None, []))
+        if path is None:
+            raise NonFiniteError(f"{trouble}, before the first checkpoint: there is nothing to go back to")
+        reached = self.step
+        self._restore(checkpoint.load(path))
+        self.redrawn = (*self.redrawn, (self.step + 1, reached))
         for player in (self.generator, self.discriminator):
             player.watch.reset()
         self.meter = Meter()
-        path, _ = self.world.broadcast(checkpoint.newest(self.config.run_dir) if self.world.is_main else (None, []))
-        if path is None:
-            raise NonFiniteError(f"{finding}, before the first checkpoint: there is nothing to go back to")
-        self._restore(checkpoint.load(path))
-        self.progress.say(f"{finding}; rolled back to {path} ({self.rollbacks} of {health.max_rollbacks})")
+        text = (
+            f"{trouble}; rolled back to {path} ({rollbacks + 1} of {health.max_rollbacks}), "
+            f"steps {self.step + 1} to {reached} draw other noise now"
+        )
+        self.progress.say(text)
+        self.tracker.log_note(reached, f"rollback.{rollbacks + 1}", text)
 
     def _compare_replicas(self, networks: dict[str, dict[str, Tensor]]) -> None:
         all_digests = self.world.gather(checkpoint.digests(networks) if self.world.size > 1 else {})
@@ -345,6 +365,7 @@ class Trainer:
             dataset_id=self.shard_set.dataset_id,
             world_size=self.world.size,
             backend=self.generator.backend,
+            redrawn=self.redrawn,
             config=to_dict(self.config),
             versions={name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
         )

@@ -70,9 +70,12 @@ class SpectralNorm(nn.Module):
     def normalized_weight(self) -> Tensor:
         """Return weight / sigma, of the weight's shape and dtype; u and v are constants to the gradient."""
         with without_autocast(self.weight):
-            # Clones: u and v may advance before the backward pass of this graph.
-            sigma = torch.vdot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
-            return self.weight / sigma
+            return self.weight / self.sigma()
+
+    def sigma(self) -> Tensor:
+        """Return the estimate of the weight's largest singular value, a scalar."""
+        # Clones: u and v may advance before the backward pass of this graph.
+        return torch.vdot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
 
 
 class SNConv2d(SpectralNorm, nn.Conv2d):
@@ -340,6 +343,12 @@ class SelfAttention(nn.Module):
         attended = (value @ self.attention_map(x).transpose(1, 2)).view(n, c // 2, h, w)
         y: Tensor = x + self.gain * self.output(attended)
         return y
+
+
+@torch.no_grad()
+def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
+    """Return sigma (scalar) of every spectrally normalised layer under `module`, by the layer's name."""
+    return {name: layer.sigma() for name, layer in module.named_modules() if isinstance(layer, SpectralNorm)}
 
 
 def attention_gains(module: nn.Module) -> dict[str, Tensor]:

@@ -1,11 +1,16 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pipeline.health import FiniteWatch
+from pipeline import checkpoint
+from pipeline.health import FiniteWatch, non_finite_buffers
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def watched(network: nn.Module) -> FiniteWatch:
@@ -62,6 +67,25 @@ def test_a_rank_that_holds_some_gradients_names_the_right_ones():
     assert str(watch.report()) == "generator went non-finite at step 4: loss"
 
 
+def test_the_largest_gradient_is_that_of_the_finite_ones():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with_gradients(network)
+    network[0].bias.grad[1] = -7.5
+    watch = watched(network)
+    watch.found_non_finite(1, torch.tensor(0.0), 0, gradients_of(network))
+    assert float(watch.largest_gradient) == max(float(g.abs().max()) for g in gradients_of(network)) == 7.5
+    network[1].weight.grad[0, 0] = float("inf")
+    watch.found_non_finite(2, torch.tensor(0.0), 0, gradients_of(network))
+    assert float(watch.largest_gradient) == 7.5
+
+
+def test_non_finite_buffers_are_named():
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    assert non_finite_buffers(network) == [] == non_finite_buffers(nn.Linear(1, 1))
+    network[2].running_var[1] = float("inf")
+    assert non_finite_buffers(network) == ["2.running_var"]
+
+
 def test_fused_adam_skips_the_flagged_update():
     """The flag goes to the kernel, so the host never waits: parameters, moments and step count stay."""
     parameter = nn.Parameter(torch.ones(3))
@@ -91,3 +115,25 @@ def test_a_stall_prints_the_stack_and_ends_the_process():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
     assert "waits_for_ever" in result.stderr
+
+
+def test_a_nan_on_one_rank_alone_is_rolled_back_on_all(tmp_path, tiny_shards):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+run: {{name: struck, dir: {tmp_path}, device: cpu}}
+data: {{shards: {tiny_shards}, num_workers: 0}}
+model: {{resolution: 16, num_classes: 3, attention_resolution: 8, g_channels: 2, d_channels: 4, z_dim: 8}}
+train: {{steps: 6, global_batch_size: 12, log_every_steps: 1, checkpoint_every_steps: 2, sample_every_steps: 6}}
+tracking: {{enabled: false}}
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    worker = str(REPO / "tests/pipeline/health_worker.py")
+    result = subprocess.run([*launch, worker, config], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if "rolled back" in line]
+    assert "generator went non-finite at step 3: loss; rolled back" in said[0] and "step-00000002 (1 of 3)" in said[0]
+    assert "at step 5: buffer final_norm.running_var; rolled" in said[1] and "step-00000004 (2 of 3)" in said[1]
+    path, problems = checkpoint.newest(tmp_path / "struck")
+    assert path.name == "step-00000006" and problems == []
+    assert checkpoint.load(path).state.redrawn == ((3, 3), (5, 5))

@@ -14,6 +14,7 @@ from pipeline.backend import Player
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.health import NonFiniteError
+from pipeline.journal import read_records
 from pipeline.manifest import ShardSetError
 from pipeline.trainer import Trainer, train
 
@@ -183,41 +184,73 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_in_place(configure, m
     assert last_checkpoint(config).state.step == 6
 
 
-def poison(monkeypatch, step: int, network: str, times: int) -> None:
-    """Makes a gradient of one update NaN, `times` times over."""
+def poison(monkeypatch, step: int, network: str, kind: str, times: int) -> None:
+    """Makes the loss, a gradient or a BatchNorm statistic of one update NaN, `times` times over."""
     update, left = Player.update, [times]
 
     def poisoned(self, at_step, loss):
         if self.name == network and at_step == step and left[0]:
             left[0] -= 1
-            next(self.module.parameters()).grad[0] = float("nan")
+            if kind == "gradient":
+                next(self.module.parameters()).grad[0] = float("nan")
+            elif kind == "loss":
+                loss = loss * float("nan")
+            else:
+                dict(self.module.named_buffers())["final_norm.running_mean"][0] = float("nan")
         return update(self, at_step, loss)
 
     monkeypatch.setattr(Player, "update", poisoned)
 
 
-@pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_a_passing_fault_is_rolled_back_and_leaves_no_trace(configure, monkeypatch, capsys, network):
-    whole, struck = configure("run.name=whole"), configure("run.name=struck")
-    train(whole)
-    poison(monkeypatch, 3, network, times=1)
-    train(struck)
-    said = capsys.readouterr().err
-    assert re.search(rf"{network} went non-finite at step 3: gradient of \S+; rolled back to \S+step-00000002", said)
-    assert_same(last_checkpoint(whole), last_checkpoint(struck))
+@pytest.mark.parametrize(
+    ("network", "kind", "said"),
+    [
+        ("generator", "gradient", r"generator went non-finite at step 3: gradient of \S+"),
+        ("discriminator", "gradient", r"discriminator went non-finite at step 3: gradient of \S+"),
+        ("discriminator", "loss", "discriminator went non-finite at step 3: loss"),
+        ("generator", "buffer", "generator went non-finite at step 4: buffer final_norm.running_mean"),
+    ],
+)
+def test_a_fault_is_rolled_back_and_other_noise_drawn(configure, monkeypatch, capsys, network, kind, said):
+    """Steps 3 and 4 are drawn anew, the others once; the checkpoint remembers, so a resume draws the same."""
+    drawn = []
+    draw = Trainer._draw
+
+    def noted(self, *purpose):
+        noises = draw(self, *purpose)
+        drawn.append((purpose[2], purpose[0], noises[0].z.clone()))
+        return noises
+
+    monkeypatch.setattr(Trainer, "_draw", noted)
+    struck = configure("run.name=struck", "tracking.enabled=false")
+    with monkeypatch.context() as poisoned:
+        poison(poisoned, 3, network, kind, times=1)
+        train(struck)
+    assert re.search(rf"{said}; rolled back to \S+step-00000002 \(1 of 3\), steps 3 to 4 draw", capsys.readouterr().err)
+    assert last_checkpoint(struck).state.redrawn == ((3, 4),)
+    by_step = {step: [z for at, purpose, z in drawn if (at, purpose) == (step, "g_z")] for step in range(1, 7)}
+    assert [len(by_step[step]) for step in range(1, 7)] == [1, 1, 2, 2, 1, 1]
+    assert not torch.equal(*by_step[3]) and not torch.equal(*by_step[4])
+    records, _ = read_records(struck.run_dir / "journal.jsonl")
+    tags = {name: text for record in records for name, text in record.get("tags", {}).items()}
+    assert re.search(said, tags["rollback.1"])
+
+    checkpoint.published(struck.run_dir)[-1].rename(struck.run_dir / "six")
+    train(struck)  # from step 4, with what the checkpoint remembers
+    assert_same(last_checkpoint(struck), checkpoint.load(struck.run_dir / "six"))
 
 
 def test_a_fault_that_comes_back_stops_the_run(configure, monkeypatch):
-    poison(monkeypatch, 3, "discriminator", times=99)
+    poison(monkeypatch, 3, "discriminator", "gradient", times=99)
     with pytest.raises(NonFiniteError, match=r"discriminator went non-finite at step 3.*after 2 rollback"):
         train(configure("health.max_rollbacks=2"))
     assert last_checkpoint(configure()).state.step == 2, "nothing non-finite was saved"
 
 
 def test_rollback_can_be_switched_off(configure, monkeypatch):
-    poison(monkeypatch, 3, "generator", times=1)
-    with pytest.raises(NonFiniteError, match=r"health\.on_non_finite=stop"):
-        train(configure("health.on_non_finite=stop"))
+    poison(monkeypatch, 3, "generator", "gradient", times=1)
+    with pytest.raises(NonFiniteError, match=r"health\.on_failure=stop"):
+        train(configure("health.on_failure=stop"))
 
 
 @pytest.mark.parametrize("fault", ["flipped byte", "missing shard"])

@@ -22,6 +22,7 @@ from sagan.layers import (
     attention_place,
     check_labels,
     initialize,
+    spectral_norms,
 )
 
 LAYERS = {
@@ -337,3 +338,14 @@ def test_attention_place_is_the_first_map_of_that_size() -> None:
 def test_labels_that_do_not_fit_are_refused(labels: Tensor | None, num_classes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_labels(labels, num_classes, batch_size=2)
+
+
+def test_spectral_norms_are_the_largest_singular_values_once_converged():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(SNConv2d(3, 5, 3), torch.nn.ReLU(), SNLinear(7, 4))
+    for _ in range(200):
+        advance_spectral_norm(network)
+    for name, sigma in spectral_norms(network).items():
+        weight = network.get_submodule(name).weight.detach()
+        torch.testing.assert_close(sigma, torch.linalg.svdvals(weight.flatten(1))[0], rtol=1e-4, atol=0)
+    assert list(spectral_norms(network)) == ["0", "2"]
