@@ -13,7 +13,9 @@ examples:
                           launch/train.py configs/imagenet128.yaml data.shards=DIR
   two CPU processes   accelerate launch --config_file configs/accelerate/cpu_two_processes.yaml \\
                           launch/train.py configs/cifar10.yaml data.shards=DIR train.steps=200
-  look before         python launch/train.py configs/imagenet128.yaml data.shards=DIR --dry-run
+  DeepSpeed           the same with configs/accelerate/deepspeed_zero1.yaml or deepspeed_zero2.yaml
+  look before         python launch/train.py configs/imagenet128.yaml data.shards=DIR --dry-run \\
+                          --assume-world-size 512
 
 The run lives in run.dir/run.name: checkpoints, samples, journal.jsonl, config.yaml. The same command again resumes
 from its newest checkpoint. SIGTERM or SIGUSR1 to any rank saves a checkpoint and ends the run with exit status 0.
@@ -33,15 +35,26 @@ def main() -> int:
         "overrides", nargs="*", metavar="section.name=value", help="replaces a value of the file; YAML syntax"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and what would be trained, and end"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, what would be trained and what that needs (memory, traffic, disk, "
+        "hours), and end",
+    )
+    parser.add_argument(
+        "--assume-world-size", type=int, metavar="N", help="with --dry-run: reckon with N processes, such as 512"
     )
     arguments = parser.parse_args()
+    if arguments.assume_world_size is not None and (not arguments.dry_run or arguments.assume_world_size < 1):
+        parser.error("--assume-world-size N goes with --dry-run, and N is at least 1")
     try:
         config = load_config(arguments.config, arguments.overrides)
         # Imported late, so that --help and a mistyped key answer at once.
         from pipeline import trainer
 
-        (trainer.dry_run if arguments.dry_run else trainer.train)(config)
+        if arguments.dry_run:
+            trainer.dry_run(config, arguments.assume_world_size)
+        else:
+            trainer.train(config)
     except _user_errors() as error:
         return report(error)
     return 0

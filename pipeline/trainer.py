@@ -19,6 +19,7 @@ from pipeline.backend import Player
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
+from pipeline.estimate import describe_needs
 from pipeline.health import NonFinite, NonFiniteError, arm_stall_watch, disarm_stall_watch, non_finite_buffers
 from pipeline.loader import Batch, Loader
 from pipeline.manifest import ShardSet, open_shard_set
@@ -37,13 +38,28 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.flo
 _LAUNCHES = {"ddp": "one_machine.yaml", "zero1": "deepspeed_zero1.yaml", "zero2": "deepspeed_zero2.yaml"}
 
 
-def dry_run(config: Config) -> None:
-    """Prints the resolved configuration and what would be trained; builds nothing, writes nothing."""
+def dry_run(config: Config, assumed_world_size: int | None = None) -> None:
+    """Prints the resolved configuration, what would be trained and what it needs; builds nothing, writes nothing.
+
+    Args:
+        config: of the run.
+        assumed_world_size: processes to reckon with; None: those that the configuration expects, or one.
+
+    Raises:
+        ConfigError: what cannot work on so many processes.
+    """
+    expected = config.run.expected_world_size
+    world_size = assumed_world_size or expected or 1
+    if expected and world_size != expected:
+        raise ConfigError(
+            f"run.expected_world_size is {expected}, --assume-world-size {world_size}: such a launch would be refused; "
+            "change one of them"
+        )
     shard_set = open_shard_set(config.data.shards)
-    world_size = config.run.expected_world_size or 1
     check_data(config, shard_set, world_size)
     print(to_yaml(config))
     print(describe(config, shard_set, world_size, config.run.device))
+    print(describe_needs(config, world_size, shard_set.manifest.num_samples))
 
 
 def train(config: Config) -> None:
@@ -417,26 +433,22 @@ def _build_players(config: Config, world: World) -> tuple[Player, Player]:
 
 def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
     try:
-        return _loader(config, world, shard_set)
+        return Loader(
+            shard_set,
+            image_size=config.model.resolution,
+            seed=config.run.seed,
+            global_batch_size=config.train.global_batch_size,
+            accumulation_steps=config.train.accumulation_steps,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=config.data.num_workers,
+            prefetch_batches=config.data.prefetch_batches,
+            horizontal_flip=config.data.horizontal_flip,
+            pin_memory=world.device.type == "cuda",
+            cache=BlockCache(config.data.cache_dir, config.data.cache_bytes),
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
-    return Loader(
-        shard_set,
-        image_size=config.model.resolution,
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        accumulation_steps=config.train.accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=config.data.num_workers,
-        prefetch_batches=config.data.prefetch_batches,
-        horizontal_flip=config.data.horizontal_flip,
-        pin_memory=world.device.type == "cuda",
-        cache=BlockCache(config.data.cache_dir, config.data.cache_bytes),
-    )
 
 
 def _check_shared_directory(run_dir: Path, world: World) -> None:

@@ -48,7 +48,19 @@ def test_dry_run_prints_the_resolved_configuration_and_the_arithmetic(tiny_shard
     assert "lr_g: 0.0002" in result.stdout
     assert "11.0 to the epoch" not in result.stdout, "5 discriminator steps take 5 batches of 8 from 90 images"
     assert "100,000 steps, 2.2 to the epoch" in result.stdout
+    assert "checkpoint" in result.stdout and "all-reduced per step" in result.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_world_that_is_not_here_can_be_reckoned_with(tiny_shards, tmp_path):
+    arguments = [f"data.shards={tiny_shards}", f"run.dir={tmp_path / 'runs'}", *TINY, "--dry-run"]
+    command = [sys.executable, "launch/train.py", "configs/cifar10.yaml", *arguments, "--assume-world-size"]
+    result = run([*command, "4"])
+    assert result.returncode == 0, result.stderr
+    assert "x 4 process(es) x 2;" in result.stdout
+    assert "88 of 90 images, 22 per process; the other 2 are left over" in result.stdout
+    result = run([*command, "512"])
+    assert result.returncode == 1 and "8 images cannot be dealt to 512 processes" in result.stderr
 
 
 @pytest.mark.parametrize("mode", [["--cpu", "--num_processes", "2"], ["--num_processes", "2"]])
