@@ -1,6 +1,5 @@
-"""Watches that training stays finite and moving, without asking the device more than once per log interval."""
+"""Watches that training stays finite, without asking the device more than once per log interval."""
 
-import faulthandler
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,13 +73,3 @@ class FiniteWatch:
         """Forgets what was found, after a rollback."""
         self.first_bad_step.fill_(-1)
         self.first_bad_tensors.zero_()
-
-
-def arm_stall_watch(seconds: float) -> None:
-    """Prints every thread's stack to stderr and ends this process unless called again within `seconds`."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # 2: stderr, whatever sys.stderr is now
-
-
-def disarm_stall_watch() -> None:
-    """Ends the watch."""
-    faulthandler.cancel_dump_traceback_later()
