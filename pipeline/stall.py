@@ -46,6 +46,7 @@ class StallWatch:
         while not self._closed.wait(self._deadline - time.monotonic()):
             if time.monotonic() >= self._deadline:
                 _give_up(self._seconds)
+                return
 
 
 def _give_up(seconds: float) -> None:

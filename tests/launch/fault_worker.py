@@ -1,9 +1,9 @@
 """Program of test_kill.py, test_preemption.py and test_stall.py: launch/train.py with faults at chosen moments.
 
 Usage: fault_worker.py NOTES FAULTS CONFIG [override ...]. FAULTS is a JSON list of
-{"rank": 0, "at": POINTS or "exit", "call": 3, "do": "kill" | "kill halfway" | "kill later" | "signals" | "raise" |
-"sleep", "seconds": for "kill later" and "sleep"}; the fault strikes at that call of the point on that rank.
-NOTES/rank-R.jsonl gets lines ["batch", number, sample ids], ["kill", step, points under way], ["exit", status], ["end"].
+{"rank": 0, "at": POINTS, "data" or "exit", "call": 3, "do": "kill" | "kill halfway" | "kill later" | "signals" |
+"raise" | "raise user error" | "sleep", "seconds": for "kill later" and "sleep"}: at that call, on that rank.
+NOTES/rank-R.jsonl gets ["batch", number, sample ids], ["kill", step, points under way], ["exit", status], ["end"].
 """
 
 import atexit
@@ -80,8 +80,8 @@ def strike(fault: dict, real=None, args=(), options=None) -> None:
     elif fault["do"] == "signals":
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
-    elif fault["do"] == "raise":
-        raise RuntimeError("a planted fault")
+    elif fault["do"].startswith("raise"):
+        raise (trainer.ReplicaError if "user" in fault["do"] else RuntimeError)("a planted fault")
     else:
         time.sleep(fault["seconds"])
 
