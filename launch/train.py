@@ -18,6 +18,8 @@ examples:
 
 The run lives in run.dir/run.name: checkpoints, samples, journal.jsonl, config.yaml. The same command again resumes
 from its newest checkpoint. SIGTERM or SIGUSR1 to any rank saves a checkpoint and ends the run with exit status 0.
+The launcher passes SIGTERM on and kills what is left after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30); SIGUSR1 ends
+the launcher itself at once, unless it was started with `trap "" USR1`. Ranks without their launcher save and end.
 """
 
 

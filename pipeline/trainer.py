@@ -146,7 +146,7 @@ class Trainer:
                 return False
             if log:
                 self._log()
-            if self._due(train.sample_every_steps, last):
+            if self._due(train.sample_every_steps, self.step == train.steps):
                 self._sample()  # before the checkpoint: a resume from it makes no earlier pictures
             if save:
                 self._save()

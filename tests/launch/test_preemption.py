@@ -15,6 +15,7 @@ def stopped(job, run_dir, reason: str) -> None:
         assert [line for line in job.notes(rank) if line[0] in ("exit", "end")] == [["exit", 0], ["end"]], job.log()
     path, problems = checkpoint.newest(run_dir)
     assert checkpoint.published(run_dir) == [path] and problems == []
+    assert not (run_dir / "samples").exists(), "no time for pictures that are not due"
     step = checkpoint.step_of(path)
     said = re.search(rf"stopped by {reason} at step {step}, checkpoint published (\d+\.\d) s after", job.log())
     assert said, job.log()
