@@ -1,6 +1,7 @@
 """Trains a SAGAN: `accelerate launch --config_file configs/accelerate/one_machine.yaml launch/train.py CONFIG.yaml`."""
 
 import argparse
+import signal
 import sys
 
 from launch.errors import report
@@ -19,6 +20,8 @@ examples:
 
 The run lives in run.dir/run.name: checkpoints, samples, journal.jsonl, config.yaml. The same command again resumes
 from its newest checkpoint. SIGTERM or SIGUSR1 to any rank saves a checkpoint and ends the run with exit status 0.
+The launcher passes SIGTERM on and kills what is left after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30); SIGUSR1 ends
+the launcher itself at once, unless it was started with `trap "" USR1`. Ranks without their launcher save and end.
 """
 
 
@@ -57,6 +60,9 @@ def main() -> int:
             trainer.train(config)
     except _user_errors() as error:
         return report(error)
+    # All is saved: a scheduler that asks once more must not turn success into failure while Python winds down.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 

@@ -1,6 +1,5 @@
-"""Watches that training stays finite and moving, without asking the device more than once per log interval."""
+"""Watches that training stays finite, without asking the device more than once per log interval."""
 
-import faulthandler
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -94,13 +93,3 @@ def non_finite_buffers(module: nn.Module) -> list[str]:
         return []
     bad = torch.stack([~buffer.isfinite().all() for buffer in buffers.values()]).tolist()
     return [name for name, is_bad in zip(buffers, bad, strict=True) if is_bad]
-
-
-def arm_stall_watch(seconds: float) -> None:
-    """Prints every thread's stack to stderr and ends this process unless called again within `seconds`."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # 2: stderr, whatever sys.stderr is now
-
-
-def disarm_stall_watch() -> None:
-    """Ends the watch."""
-    faulthandler.cancel_dump_traceback_later()

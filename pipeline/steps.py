@@ -112,9 +112,8 @@ _D_NUMBERS = (
 @torch.no_grad()
 def _numbers(loss: Tensor, real_logits: Tensor, fake_logits: Tensor, images: Tensor) -> Tensor:
     """The `_D_NUMBERS` of one micro-batch."""
-    logits = [real_logits.float(), fake_logits.float()]
-    spreads = [values.std(0, correction=0).mean() for values in (*logits, *images.float().chunk(2))]
-    return torch.stack([loss.float(), *(values.mean() for values in logits), *spreads])
+    spreads = [values.std(0, correction=0).mean() for values in (real_logits, fake_logits, *images.chunk(2))]
+    return torch.stack([loss, real_logits.mean(), fake_logits.mean(), *spreads])
 
 
 def _cat_labels(real: Tensor | None, fake: Tensor | None) -> Tensor | None:

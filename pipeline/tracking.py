@@ -26,6 +26,7 @@ from pipeline.mlflow_sender import Destination, count_unsent, remembered_store
 Status = Literal["FINISHED", "KILLED", "FAILED"]  # done; stopped by a person or a scheduler; ended by an error
 
 _CLOSE_SECONDS = 60.0  # the sender's last attempt may take so long, start of its process and a new database included
+_FAILED_SECONDS = 20.0  # after an error less: the other ranks stand still until this one has ended
 _BESIDE = "run.dir/mlflow.db"
 _LONGEST_TEXT = 5000  # of a tag; MLflow refuses more
 
@@ -120,12 +121,12 @@ class RunTracker:
         self._points.log(step, tags={name: text})
 
     def close(self, status: Status) -> None:
-        """Notes how the training ended and waits for the sender, a minute at most."""
+        """Notes how the training ended and waits for the sender, a minute at most, less after an error."""
         self._points.append({"status": status})
         self._points.close()
         self._files.close()
         if self._sender is not None:
-            _finish(self._sender, self._run_dir)
+            _finish(self._sender, self._run_dir, _FAILED_SECONDS if status == "FAILED" else _CLOSE_SECONDS)
 
 
 def log_evaluation(
@@ -166,7 +167,7 @@ def log_evaluation(
 def send_unsent(config: Config, run_dir: Path) -> None:
     """Sends what earlier processes of the run could not; says so when something remains. Takes a minute at most."""
     if config.tracking.enabled:
-        _finish(_start_sender(_destination(config.tracking, run_dir)), run_dir)
+        _finish(_start_sender(_destination(config.tracking, run_dir)), run_dir, _CLOSE_SECONDS)
 
 
 def _start_record(config: Config, facts: RunFacts, starts: Sequence[Record]) -> Record:
@@ -266,12 +267,12 @@ def _choose_uri(tracking: TrackingConfig, run_dir: Path) -> tuple[str | None, st
     return None, "in run.dir; change with tracking.uri or MLFLOW_TRACKING_URI"
 
 
-def _finish(sender: subprocess.Popen[bytes], run_dir: Path) -> None:
+def _finish(sender: subprocess.Popen[bytes], run_dir: Path, seconds: float) -> None:
     """Lets the sender make its last attempt, and says what it did not manage."""
     assert sender.stdin is not None
     try:
         sender.stdin.close()
-        sender.wait(_CLOSE_SECONDS)
+        sender.wait(seconds)
     except BrokenPipeError:
         sender.wait()
     except subprocess.TimeoutExpired:

@@ -2,13 +2,11 @@
 
 import importlib.metadata
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
 from pipeline.estimate import describe_needs
-from pipeline.health import NonFinite, NonFiniteError, arm_stall_watch, disarm_stall_watch, non_finite_buffers
+from pipeline.health import NonFinite, NonFiniteError, non_finite_buffers
 from pipeline.loader import Batch, Loader
 from pipeline.manifest import ShardSet, open_shard_set
 from pipeline.networks import build_discriminator, build_generator
@@ -28,7 +26,9 @@ from pipeline.noise import Purpose, draw_labels, draw_z, rank_micro_batches
 from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress, data_metrics
 from pipeline.read_counts import ReadCounts
+from pipeline.stall import StallWatch
 from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
+from pipeline.stop import StopRequest
 from pipeline.summary import check_data, describe, steps_per_epoch
 from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
 from pipeline.world import World, configure_determinism
@@ -65,7 +65,8 @@ def dry_run(config: Config, assumed_world_size: int | None = None) -> None:
 def train(config: Config) -> None:
     """Trains until `train.steps`, from the newest checkpoint of the run directory if there is one.
 
-    Returns early, with a checkpoint published, after SIGTERM or SIGUSR1 to any rank.
+    Returns early, with a checkpoint published, after SIGTERM or SIGUSR1 to any rank. Ends the process when nothing
+    moves for `health.stall_seconds`, from start-up to the last checkpoint.
 
     Raises:
         ConfigError: the configuration does not fit the data, the world or the run it resumes.
@@ -73,15 +74,21 @@ def train(config: Config) -> None:
         NonFiniteError: training went non-finite and rolling back did not help, or is switched off.
         ReplicaError: two ranks' replicas differ.
     """
-    world = World(config.run.device, config.run.expected_world_size)
-    shard_set = open_shard_set(config.data.shards)
-    check_data(config, shard_set, world.size)
-    world.check_same(flatten(to_dict(config)) | {"dataset id": shard_set.dataset_id, "plan version": PLAN_VERSION})
-    if world.is_main:
-        print(describe(config, shard_set, world.size, str(world.device)), flush=True)
-    _check_shared_directory(config.run_dir, world)
-    Trainer(config, world, shard_set).run()
-    world.shutdown()
+    with StallWatch(config.health.stall_seconds) as watch:
+        # nccl's own time limit would end ranks before the watch tells where they stand.
+        world = World(config.run.device, config.run.expected_world_size, 2 * config.health.stall_seconds)
+        # From here on ranks must agree on the step to stop at; before, a signal simply ends them.
+        with StopRequest() as stop:
+            shard_set = open_shard_set(config.data.shards)
+            check_data(config, shard_set, world.size)
+            world.check_same(
+                flatten(to_dict(config)) | {"dataset id": shard_set.dataset_id, "plan version": PLAN_VERSION}
+            )
+            if world.is_main:
+                print(describe(config, shard_set, world.size, str(world.device)), flush=True)
+            _check_shared_directory(config.run_dir, world)
+            Trainer(config, world, shard_set).run(stop, watch)
+            world.shutdown()
 
 
 class ReplicaError(RuntimeError):
@@ -114,8 +121,13 @@ class Trainer:
         self.trouble: NonFinite | None = None
         self.redrawn: tuple[tuple[int, int], ...] = ()  # steps that were gone back on, see TrainerState
 
-    def run(self) -> None:
-        """Resumes, trains, and leaves the run directory ready for whatever comes next."""
+    def run(self, stop: StopRequest, watch: StallWatch) -> None:
+        """Resumes, trains, and leaves the run directory ready for whatever comes next.
+
+        Args:
+            stop: is asked once a step, on every rank.
+            watch: is told of every step.
+        """
         self._resume()
         self.world.check_same({"step": self.step})
         self._compare_replicas(self._networks())
@@ -128,25 +140,23 @@ class Trainer:
         if self.world.is_main:
             (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))
         self.tracker = open_tracker(self.config, self._facts(), self.world.is_main)
-        self.stop = _StopRequest()
         status: Status = "FAILED"
         try:
-            while self.step < self.config.train.steps and not self._run_until_trouble():
+            while self.step < self.config.train.steps and not self._run_until_trouble(stop, watch):
                 self._roll_back()
             status = "FINISHED" if self.step >= self.config.train.steps else "KILLED"
         finally:
             self.progress.close()
-            disarm_stall_watch()
-            self.stop.release()
+            watch.alive()  # closing may take a minute by itself
             self.tracker.close(status)
 
-    def _run_until_trouble(self) -> bool:
+    def _run_until_trouble(self, stop: StopRequest, watch: StallWatch) -> bool:
         """Trains to the end or a requested stop and returns True, or returns False when it went non-finite."""
         train = self.config.train
         batches = self.loader.batches(self.step * train.num_d_steps)
         while self.step < train.steps:
-            arm_stall_watch(self.config.health.stall_seconds)
-            agreement = self.world.start_any(self.stop.requested)
+            watch.alive()
+            agreement = self.world.start_any(stop.requested())
             self._one_step(batches)
             self.progress.advance(self.step)
             stopping = agreement.result()
@@ -156,12 +166,12 @@ class Trainer:
                 return False
             if log:
                 self._log()
-            if self._due(train.sample_every_steps, last):
+            if self._due(train.sample_every_steps, self.step == train.steps):
                 self._sample()  # before the checkpoint: a resume from it makes no earlier pictures
             if save:
                 self._save()
             if stopping and self.step < train.steps:
-                self.progress.say(f"stopped by {self.stop.reason} at step {self.step}; the same command again goes on")
+                self._report_stop(stop)
                 return True
         if self.world.is_main:
             (self.config.run_dir / "DONE").write_text(f"{self.step}\n")
@@ -257,6 +267,15 @@ class Trainer:
                 error = str(failure)
         if error := self.world.broadcast(error):
             raise CheckpointError(error)
+
+    def _report_stop(self, stop: StopRequest) -> None:
+        """Says why training stopped, and how long the rank that heard of it first had to wait for the checkpoint."""
+        seconds, reason = max(self.world.gather(stop.heard()))
+        self.tracker.log_metrics(self.step, {"time/stop_seconds": seconds})
+        self.progress.say(
+            f"stopped by {reason} at step {self.step}, checkpoint published {seconds:.1f} s after the signal; "
+            "the same command again goes on"
+        )
 
     def _sample(self) -> None:
         if self.world.is_main:
@@ -395,23 +414,6 @@ class Trainer:
     def _facts(self) -> RunFacts:
         hostnames = tuple(dict.fromkeys(self.world.gather(socket.gethostname())))
         return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames)
-
-
-class _StopRequest:
-    """Remembers that SIGTERM or SIGUSR1 came; any number of them means the same."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.reason = "another rank"
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested, self.reason = True, signal.Signals(number).name
-
-    def release(self) -> None:
-        """Puts the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _build_players(config: Config, world: World) -> tuple[Player, Player]:

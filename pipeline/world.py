@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -26,18 +27,20 @@ class World:
     Args:
         device: "auto" takes CUDA where there is one; "cpu" and "cuda" insist.
         expected_world_size: number of processes that must be there; None takes what the launcher started.
+        timeout_seconds: of collectives; longer than any watch that tells more.
 
     Raises:
         WorldSizeError: when the launcher started something other than one training of the asked size.
     """
 
-    def __init__(self, device: str = "auto", expected_world_size: int | None = None):
+    def __init__(self, device: str = "auto", expected_world_size: int | None = None, timeout_seconds: float = 3600.0):
         _refuse_separate_trainings()
         _refuse_ignored_settings()
         if device == "cuda" and not torch.cuda.is_available():
             raise WorldSizeError("run.device is cuda, but torch sees no CUDA device here; use run.device=auto or cpu")
         use_cpu = device == "cpu" or not torch.cuda.is_available()
-        state = PartialState(cpu=use_cpu)
+        timeout = timedelta(seconds=timeout_seconds)
+        state = PartialState(cpu=use_cpu, timeout=timeout)
         self.rank: int = state.process_index
         self.size: int = state.num_processes
         self.local_rank: int = state.local_process_index
@@ -57,7 +60,7 @@ class World:
         # Agreements between hosts go over gloo, so that they never wait for the GPUs' stream.
         self._host_group: dist.ProcessGroup | None = None
         if self.size > 1:
-            self._host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            self._host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
     @property
     def is_main(self) -> bool:

@@ -96,7 +96,7 @@ def test_a_signal_to_one_rank_of_two_ends_both_with_one_checkpoint(tiny_shards, 
         job.stderr.close()
     published = checkpoint.published(tmp_path / "pair")
     assert len(published) == 1
-    assert any(f"at step {checkpoint.step_of(published[0])}; the same command again goes on" in line for line in lines)
+    assert any(f"stopped by SIGUSR1 at step {checkpoint.step_of(published[0])}, checkpoint" in line for line in lines)
 
 
 def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
