@@ -119,11 +119,14 @@ class Blocks:
         return pieces
 
     def _read_local(self, piece: _Piece, counts: ReadCounts) -> list[bytes]:
-        if not piece.is_verified:
-            fault = self._fault(piece.block, self._load(piece.block, counts), counts)
-            if fault:
-                raise self._error(piece.block, fault)
         try:
+            if not piece.is_verified:
+                start, stop = int(self._index.block_start[piece.block]), int(self._index.block_stop[piece.block])
+                name = self._shard_name(piece.block)
+                got = object_store.sha256_of_range(self._location, name, start, stop, counts)
+                counts.blocks_verified += 1
+                if got != self._sha256(piece.block):
+                    raise self._error(piece.block, self._damage(piece.block, got))
             return object_store.read_ranges(self._location, self._shard_name(piece.block), piece.ranges, counts)
         except OSError as error:
             raise self._error(piece.block, f"cannot be read: {error}") from error
@@ -198,7 +201,10 @@ class Blocks:
     def _fault(self, block: int, data: bytes, counts: ReadCounts) -> str | None:
         counts.blocks_verified += 1
         got = hashlib.sha256(data).hexdigest()
-        return None if got == self._sha256(block) else f"is damaged: expected sha256 {self._sha256(block)}, got {got}"
+        return None if got == self._sha256(block) else self._damage(block, got)
+
+    def _damage(self, block: int, got: str) -> str:
+        return f"is damaged: expected sha256 {self._sha256(block)}, got {got}"
 
     def _sha256(self, block: int) -> str:
         sha256: bytes = self._index.block_sha256[block].tobytes()

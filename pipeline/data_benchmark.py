@@ -206,9 +206,9 @@ def _speed(batches: Batches, seconds: float) -> Speed:
 
 
 def _wait_percent(batches: Batches, seconds: float) -> float:
-    """Share of its time that a consumer of a fixed speed waits."""
-    for _ in itertools.islice(batches, 4):
-        pass
+    """Share of its time that a consumer of a fixed speed waits, once the workers are ahead of it."""
+    for images in itertools.islice(batches, 4):
+        time.sleep(images / CONSUMER_IMAGES_PER_SECOND)
     waited, begin = 0.0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         asked = time.perf_counter()

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """This rank's rows of one global batch, micro-batch after micro-batch."""
 
     images: Tensor
-    """(n, 3, H, W) uint8."""
+    """(n, 3, H, W) uint8, channels last in memory."""
     labels: Tensor
     """(n,) int64; -1 in a set without classes."""
     sample_ids: Tensor

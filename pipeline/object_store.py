@@ -5,6 +5,7 @@ Failures are the built-in `OSError` kinds (`FileNotFoundError`, `PermissionError
 A location that cannot be one is a `LocationError`. What is given `counts` adds its cost to them.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from io import FileIO
@@ -13,6 +14,8 @@ from pathlib import Path
 from pipeline import s3, s3_store
 from pipeline.read_counts import ReadCounts
 from pipeline.s3_store import LocationError as LocationError
+
+_PIECE_BYTES = 262_144
 
 
 def is_remote(location: str) -> bool:
@@ -51,6 +54,25 @@ def read_ranges(
         found = [_read_exactly(file, start, stop) for start, stop in ranges]
     counts.bytes_read += sum(map(len, found))
     return found
+
+
+def sha256_of_range(location: str, name: str, start: int, stop: int, counts: ReadCounts | None = None) -> str:
+    """sha256 of bytes [start, stop) of one file, hexadecimal; fewer bytes than that are an error as in `read_range`."""
+    if is_remote(location):
+        return hashlib.sha256(read_range(location, name, start, stop, counts)).hexdigest()
+    # In pieces that stay in the processor's cache, in memory that is not new each time: half of the time of one read.
+    found, piece = hashlib.sha256(), memoryview(bytearray(min(_PIECE_BYTES, stop - start)))
+    position = start
+    with _open(location, name) as file:
+        while position < stop:
+            length = os.preadv(file.fileno(), [piece[: stop - position]], position)
+            if not length:
+                raise _ends_early(file, start, stop, position - start)
+            found.update(piece[:length])
+            position += length
+    if counts:
+        counts.bytes_read += stop - start
+    return found.hexdigest()
 
 
 def exists(location: str, name: str) -> bool:
@@ -100,12 +122,16 @@ def _read_exactly(file: FileIO, start: int, stop: int) -> bytes:
     while len(data) < stop - start:  # a read may be short without being the last one
         more = os.pread(file.fileno(), stop - start - len(data), start + len(data))
         if not more:
-            raise OSError(
-                f"{file.name}: expected {stop - start} bytes at [{start}, {stop}), got {len(data)}: "
-                f"the file ends at byte {os.fstat(file.fileno()).st_size}"
-            )
+            raise _ends_early(file, start, stop, len(data))
         data += more
     return data
+
+
+def _ends_early(file: FileIO, start: int, stop: int, got: int) -> OSError:
+    return OSError(
+        f"{file.name}: expected {stop - start} bytes at [{start}, {stop}), got {got}: "
+        f"the file ends at byte {os.fstat(file.fileno()).st_size}"
+    )
 
 
 def _readable(error: OSError, address: str) -> OSError:

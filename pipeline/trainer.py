@@ -217,8 +217,7 @@ class Trainer:
         if self.config.data.horizontal_flip:
             flip = batch.flip.to(device, non_blocking=True)[:, None, None, None]
             images = torch.where(flip, images.flip(3), images)
-        if self.config.train.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=_layout(self.config))
         labels = batch.labels.to(device, non_blocking=True).chunk(count) if self.config.model.num_classes else None
         return [
             RealImages(rows, labels[index] if labels is not None else None)
@@ -416,12 +415,15 @@ class Trainer:
         return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames)
 
 
+def _layout(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.train.channels_last else torch.contiguous_format
+
+
 def _build_players(config: Config, world: World) -> tuple[Player, Player]:
     torch.manual_seed(config.run.seed)  # equal weights on every rank
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
 
     def player(name: str, module: nn.Module, learning_rate: float) -> Player:
-        module.to(world.device, _DTYPES[config.train.precision]).to(memory_format=layout).train()
+        module.to(world.device, _DTYPES[config.train.precision]).to(memory_format=_layout(config)).train()
         optimizer = torch.optim.Adam(
             module.parameters(), learning_rate, config.optimizer.betas, config.optimizer.eps, fused=True
         )

@@ -129,7 +129,7 @@ def test_lossless_batches_are_the_pixels_and_labels_of_the_plan(tmp_path, encodi
         expected = loader.plan.batch_sample_ids(batch.number)
         assert batch.sample_ids.tolist() == expected.tolist()
         assert batch.images.dtype == torch.uint8
-        assert batch.images.is_contiguous()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert np.array_equal(batch.images.numpy(), PIXELS[expected].transpose(0, 3, 1, 2))
         assert batch.labels.dtype == torch.int64
         assert batch.labels.tolist() == [LABELS[sample] for sample in expected]
@@ -277,18 +277,33 @@ def test_damage_seen_by_a_worker_is_told_in_its_words_after_the_good_batches(raw
     ("encoding", "payload", "told"),
     [
         ("raw", b"1234", r"expected 192 bytes \(8 x 8 x 3\), got 4"),
-        ("png", encode(np.zeros((9, 7, 3), np.uint8), "PNG"), "expected 8 x 8 RGB, got 7 x 9 RGB"),
-        ("png", encode(np.zeros((8, 8), np.uint8), "PNG"), "expected 8 x 8 RGB, got 8 x 8 L"),
+        (
+            "png",
+            encode(np.zeros((9, 7, 3), np.uint8), "PNG"),
+            r"expected 8 x 8 x 3 \(height, width, RGB\), got 9 x 7 x 3",
+        ),
+        ("png", encode(np.zeros((8, 8), np.uint8), "PNG"), r"expected 8 x 8 x 3 \(height, width, RGB\), got 8 x 8"),
         (
             "png",
             encode(np.zeros((8, 8, 3), np.uint8), "JPEG"),
             "expected a readable png image, got UnidentifiedImageError",
         ),
-        ("webp", b"no image", "expected a readable webp image, got UnidentifiedImageError"),
+        ("webp", b"no image", "expected a readable webp image, got WebpError"),
+        (
+            "webp",
+            encode(np.zeros((9, 7, 3), np.uint8), "WEBP", lossless=True),
+            r"expected 8 x 8 x 3 \(.*\), got 9 x 7 x 3",
+        ),
+        (
+            "webp",
+            encode(np.zeros((8, 8, 4), np.uint8), "WEBP", lossless=True),
+            r"expected 8 x 8 x 3 \(.*\), got 8 x 8 x 4",
+        ),
+        ("webp", encode(PIXELS[0], "WEBP", lossless=True)[:-9], "expected a readable webp image, got WebpError"),
         ("png", encode(PIXELS[0], "PNG")[:100], "expected a readable png image, got OSError"),
         ("original", b"no image", "no image"),
     ],
-    ids=["short", "size", "grey", "format", "webp", "cut", "original"],
+    ids=["short", "size", "grey", "format", "webp", "webp-size", "webp-alpha", "webp-cut", "cut", "original"],
 )
 def test_a_sample_that_is_not_what_the_set_says_is_named(tmp_path, encoding, payload, told):
     size = None if encoding == "original" else SIZE
