@@ -6,11 +6,13 @@ cache on the local disk.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from io import FileIO
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline import object_store
@@ -51,24 +53,27 @@ class Blocks:
         self._verified_in_epoch = torch.full((self._index.num_blocks,), -1)
         self._verified_in_epoch.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
-    def read(self, sample_ids: Int64, epoch: int, share: float = 0.0) -> tuple[list[bytes], ReadCounts]:
+    def read(
+        self, sample_ids: Int64, epoch: int, share: float = 0.0, into: npt.NDArray[np.uint8] | None = None
+    ) -> tuple[list[bytes | None], ReadCounts]:
         """Reads the encoded images of some samples.
 
         Args:
             sample_ids: (n,) in any order.
             epoch: A block is verified once in each epoch.
             share: Where in its list of blocks to begin, in [0, 1): workers that begin apart do not verify the same.
+            into: (n, bytes) rows for images that need no decoding; those of local sets that fit are read into them.
 
         Returns:
-            The n images in the order of `sample_ids`, and what reading them cost.
+            The n images in the order of `sample_ids`, None for those in `into`; and what reading them cost.
 
         Raises:
             ShardSetError: A missing, cut or damaged shard; names shard, block, what was expected and what was found.
         """
         counts = ReadCounts() if self._cache is None else self._fetcher.finished()
-        images = [b""] * len(sample_ids)
+        images: list[bytes | None] = [None] * len(sample_ids)
 
-        def keep(piece: _Piece, found: list[bytes]) -> None:
+        def keep(piece: _Piece, found: Sequence[bytes | None]) -> None:
             self._verified_in_epoch[piece.block] = epoch
             for row, image in zip(piece.rows, found, strict=True):
                 images[row] = image
@@ -76,7 +81,7 @@ class Blocks:
         pieces = self._pieces(sample_ids, epoch)
         first, missing = int(share * len(pieces)), []
         for piece in pieces[first:] + pieces[:first]:
-            found = self._read_local(piece, counts) if self._cache is None else self._read_cached(piece, counts)
+            found = self._read_local(piece, counts, into) if self._cache is None else self._read_cached(piece, counts)
             if found is None:
                 self._fetcher.start(piece.block)  # all that are missing come at once
                 missing.append(piece)
@@ -118,16 +123,22 @@ class Blocks:
             pieces.append(_Piece(block, rows, ranges, bool(self._verified_in_epoch[block] >= epoch)))
         return pieces
 
-    def _read_local(self, piece: _Piece, counts: ReadCounts) -> list[bytes]:
+    def _read_local(
+        self, piece: _Piece, counts: ReadCounts, into: npt.NDArray[np.uint8] | None
+    ) -> Sequence[bytes | None]:
+        name = self._shard_name(piece.block)
         try:
             if not piece.is_verified:
                 start, stop = int(self._index.block_start[piece.block]), int(self._index.block_stop[piece.block])
-                name = self._shard_name(piece.block)
                 got = object_store.sha256_of_range(self._location, name, start, stop, counts)
                 counts.blocks_verified += 1
                 if got != self._sha256(piece.block):
                     raise self._error(piece.block, self._damage(piece.block, got))
-            return object_store.read_ranges(self._location, self._shard_name(piece.block), piece.ranges, counts)
+            if into is not None and all(stop - start == into.shape[1] for start, stop in piece.ranges):
+                rows = [into[row].data for row in piece.rows]
+                object_store.read_ranges_into(self._location, name, piece.ranges, rows, counts)
+                return [None] * len(rows)
+            return object_store.read_ranges(self._location, name, piece.ranges, counts)
         except OSError as error:
             raise self._error(piece.block, f"cannot be read: {error}") from error
 

@@ -56,6 +56,21 @@ def read_ranges(
     return found
 
 
+def read_ranges_into(
+    location: str, name: str, ranges: Iterable[tuple[int, int]], buffers: Iterable[memoryview], counts: ReadCounts
+) -> None:
+    """Several byte ranges of one file of a local set, each into a buffer of its length."""
+    with _open(location, name) as file:
+        for (start, stop), buffer in zip(ranges, buffers, strict=True):
+            position = start
+            while position < stop:
+                length = os.preadv(file.fileno(), [buffer[position - start :]], position)
+                if not length:
+                    raise _ends_early(file, start, stop, position - start)
+                position += length
+            counts.bytes_read += stop - start
+
+
 def sha256_of_range(location: str, name: str, start: int, stop: int, counts: ReadCounts | None = None) -> str:
     """sha256 of bytes [start, stop) of one file, hexadecimal; fewer bytes than that are an error as in `read_range`."""
     if is_remote(location):

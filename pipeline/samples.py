@@ -1,7 +1,7 @@
 """From sample ids to verified, decoded images."""
 
 import io
-import math
+import os
 
 import imagecodecs
 import numpy as np
@@ -32,6 +32,7 @@ class SampleReader:
         self._blocks = Blocks(shard_set, cache)
         self._encoding = shard_set.manifest.encoding
         self._image_size = image_size
+        self._scratch: npt.NDArray[np.uint8] = np.empty((0, 0, 0, 0), np.uint8)  # a worker's, used again for each batch
 
     def read(self, sample_ids: Int64, epoch: int = 0) -> tuple[Tensor, ReadCounts]:
         """Reads and decodes some samples.
@@ -48,10 +49,16 @@ class SampleReader:
             ShardSetError: A missing, cut or damaged shard, or an image that is not what the manifest says.
         """
         worker = get_worker_info()
-        pixels = _empty((len(sample_ids), self._image_size, self._image_size, 3), shared=worker is not None)
-        encoded, counts = self._blocks.read(sample_ids, epoch, worker.id / worker.num_workers if worker else 0.0)
-        for sample_id, data, into in zip(sample_ids.tolist(), encoded, pixels.numpy(), strict=True):
-            into[:] = self._decode(sample_id, data)
+        shape = (len(sample_ids), self._image_size, self._image_size, 3)
+        if self._scratch.shape != shape or not worker:
+            self._scratch = np.empty(shape, np.uint8)
+        share = worker.id / worker.num_workers if worker else 0.0
+        rows = self._scratch.reshape(len(sample_ids), -1) if self._encoding == "raw" else None
+        encoded, counts = self._blocks.read(sample_ids, epoch, share, rows)
+        for sample_id, data, into in zip(sample_ids.tolist(), encoded, self._scratch, strict=True):
+            if data is not None:
+                into[:] = self._decode(sample_id, data)
+        pixels = _in_shared_memory(self._scratch) if worker else torch.from_numpy(self._scratch)
         return pixels.permute(0, 3, 1, 2), counts
 
     def fetch_ahead(self, blocks: frozenset[int]) -> None:
@@ -96,13 +103,17 @@ def decode(data: bytes, encoding: Encoding, size: int) -> npt.NDArray[np.uint8]:
 _PILLOW_FORMATS = {"png": "PNG", "jpeg444": "JPEG"}
 
 
-def _empty(shape: tuple[int, ...], shared: bool) -> Tensor:
-    """uint8 tensor to be filled.
+def _in_shared_memory(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """A copy that leaves a worker without another one, as in torch's default_collate.
 
-    In shared memory it leaves a worker without a copy, as in torch's default_collate; large buffers from malloc instead
-    fragmented a worker's heap without bound (50 MB -> 500 MB in 240 batches).
+    Written as a file, at half the cost of filling the mapped memory: its pages are neither faulted in nor zeroed.
     """
-    if not shared:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    file = os.memfd_create("batch")
+    try:
+        rest = memoryview(pixels.data).cast("B")
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file, pixels.nbytes)  # type: ignore[attr-defined]  # torch leaves it untyped
+    finally:
+        os.close(file)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(pixels.shape)

@@ -39,11 +39,13 @@ class RunFacts:
         dataset_id: of the shards.
         world_size: number of processes.
         hostnames: of the machines they run on, each once.
+        backend: ddp, zero1 or zero2.
     """
 
     dataset_id: str
     world_size: int
     hostnames: tuple[str, ...]
+    backend: str = "ddp"
 
 
 class Tracker(Protocol):
@@ -196,6 +198,7 @@ def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
         "git_dirty": dirty if commit else "unknown",
         "dataset_id": facts.dataset_id,
         "world_size": facts.world_size,
+        "backend": facts.backend,
         "hostnames": " ".join(facts.hostnames),
         "restarts": restarts,
         "batch_norm": "unsynchronised, depends on world_size" if unsynchronised else "synchronised",

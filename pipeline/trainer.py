@@ -412,7 +412,7 @@ class Trainer:
 
     def _facts(self) -> RunFacts:
         hostnames = tuple(dict.fromkeys(self.world.gather(socket.gethostname())))
-        return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames)
+        return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames, self.generator.backend)
 
 
 def _layout(config: Config) -> torch.memory_format:

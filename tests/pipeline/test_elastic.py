@@ -27,6 +27,7 @@ tracking: {{enabled: false}}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_then_one_then_four_processes_train_as_one_does(tmp_path, tiny_shards):
     """Steps 1 and 2 in two processes, 3 in one, 4 and 5 in four, each from the checkpoint of those before."""
