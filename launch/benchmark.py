@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from launch.arguments import at_least
 from launch.errors import report
 
 _EPILOG = """\
@@ -32,24 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
         "that does other work.",
     )
     data.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
-    data.add_argument("--size", type=int, metavar="PIXELS", help="of sets of original sizes; default 128")
-    data.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="default 256")
-    data.add_argument("--workers", type=int, default=2, metavar="N", help="decoding processes; default 2")
+    data.add_argument("--size", type=at_least(1), metavar="PIXELS", help="of sets of original sizes; default 128")
+    data.add_argument("--batch-size", type=at_least(1), default=256, metavar="N", help="default 256")
+    data.add_argument("--workers", type=at_least(0), default=2, metavar="N", help="decoding processes; default 2")
     data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each measurement; default 5")
-    data.add_argument("--repeats", type=_positive, default=5, metavar="N", help="measurements of each; default 5")
+    data.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each; default 5")
     data.add_argument("--cache-dir", metavar="DIR", help="for blocks of a remote set, as data.cache_dir of a run")
     data.add_argument("--no-webdataset", action="store_true", help="measure the loader alone")
     data.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     data.set_defaults(run=_data)
     options = parser.parse_args(arguments)
     return int(options.run(options))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -17,9 +17,10 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from launch.arguments import at_least
 from pipeline import shards
 from pipeline.adopt import adopt
 from pipeline.foreign_shard import AdoptError, Reading
@@ -84,26 +85,24 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--destination", required=True, metavar="DIR", help="new or empty directory, or s3://bucket/prefix"
     )
-    build.add_argument("--size", type=_at_least(1), required=True, metavar="PIXELS", help="side of the square images")
+    build.add_argument("--size", type=at_least(1), required=True, metavar="PIXELS", help="side of the square images")
     build.add_argument(
         "--encoding",
         choices=["webp", "raw", "png", "jpeg444"],
         default="webp",
         help="webp (default) and png are lossless, raw is uint8 (largest, fastest), jpeg444 is lossy, quality 95",
     )
-    build.add_argument("--samples-per-shard", type=_at_least(1), default=2048, metavar="N", help="default 2048")
+    build.add_argument("--samples-per-shard", type=at_least(1), default=2048, metavar="N", help="default 2048")
     build.add_argument(
         "--workers",
-        type=_at_least(1),
+        type=at_least(1),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; default: the cores this process may use",
     )
+    build.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the order of the images; default 0")
     build.add_argument(
-        "--seed", type=_at_least(0), default=0, metavar="S", help="of the order of the images; default 0"
-    )
-    build.add_argument(
-        "--limit-per-class", type=_at_least(1), metavar="N", help="at most N images of each class, drawn at random"
+        "--limit-per-class", type=at_least(1), metavar="N", help="at most N images of each class, drawn at random"
     )
     build.add_argument(
         "--split", metavar="NAME", help="default: train, val or test where the source's name says so, else all"
@@ -119,11 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         "--class-names", type=Path, metavar="FILE", help="lines `CLASS title`: what a person calls each class"
     )
     build.add_argument(
-        "--max-skipped", type=_at_least(0), default=0, metavar="N", help="unreadable images to put up with; default 0"
+        "--max-skipped", type=at_least(0), default=0, metavar="N", help="unreadable images to put up with; default 0"
     )
     build.add_argument(
         "--part",
-        type=_at_least(0),
+        type=at_least(0),
         metavar="I",
         help="build only the shards whose number modulo N is I, I from 0 to N - 1: $SLURM_ARRAY_TASK_ID of a job array "
         "with --array=0-(N-1); what decides the bytes (source, size, encoding, seed, ...) must be equal in all parts. "
@@ -131,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--parts",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="in how many parts; a fixed number, as $SLURM_ARRAY_TASK_COUNT is smaller when some tasks run again",
     )
@@ -152,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
     join.add_argument(
         "--max-skipped",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="unreadable images to put up with in all parts together; default 0",
@@ -192,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument(
         "--max-skipped",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="samples without a readable image to leave out; the manifest lists them; default 0",
@@ -208,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument(
         "--workers",
-        type=_at_least(1),
+        type=at_least(1),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; default: the cores this process may use",
@@ -225,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     send.add_argument("set", type=Path, metavar="DIR")
     send.add_argument("destination", metavar="S3_ADDRESS", help="s3://bucket/prefix")
-    send.add_argument("--workers", type=_at_least(1), default=8, metavar="N", help="files sent at once; default 8")
+    send.add_argument("--workers", type=at_least(1), default=8, metavar="N", help="files sent at once; default 8")
     send.set_defaults(run=_upload)
 
     show = commands.add_parser("show", help="print what is in a set")
@@ -234,19 +233,9 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("verify", help="hash everything in a set again")
     check.add_argument("set", metavar="SET", help="directory or s3://bucket/prefix")
-    check.add_argument("--workers", type=_at_least(1), default=8, metavar="N", help="shards read at once; default 8")
+    check.add_argument("--workers", type=at_least(1), default=8, metavar="N", help="shards read at once; default 8")
     check.set_defaults(run=_verify)
     return parser
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
-        return value
-
-    return whole_number
 
 
 def _build(options: argparse.Namespace) -> int:

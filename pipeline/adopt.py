@@ -245,13 +245,10 @@ def _check_alike(found: list[Found]) -> None:
 def _check_skipped(found: list[Found], max_skipped: int) -> None:
     skipped = [skip for one in found for skip in one.record.skipped]
     if len(skipped) > max_skipped:
-        lines = [f"  {skip.file}: {skip.reason}" for skip in skipped[:20]]
-        if len(skipped) > len(lines):
-            lines.append(f"  ... and {len(skipped) - len(lines)} more")
         raise AdoptError(
             f"{len(skipped)} sample(s) have no readable image (so far), --max-skipped allows {max_skipped}:\n"
-            + "\n".join(lines)
-            + "\nRun the same command with a larger --max-skipped: the manifest then lists what is left out"
+            + publish.skipped_lines(skipped)
+            + "Run the same command with a larger --max-skipped: the manifest then lists what is left out"
         )
 
 

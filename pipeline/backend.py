@@ -80,7 +80,7 @@ class Player:
         """
         skipped = self.watch.found_non_finite(step, loss, *self._shared.gradients())
         # Adam's fused kernel reads this flag on the device, as it does for torch.amp.GradScaler.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # an attribute that GradScaler sets
         self._shared.apply()
         return skipped
 
@@ -118,7 +118,7 @@ class _Replicated:
         yield micro_batches[-1]
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def gradients(self) -> tuple[int, list[Tensor]]:
         parameters = list(self._module.parameters())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from pipeline import s3_store
 from pipeline.bar import Bar
 from pipeline.block_cache import BlockCache
 from pipeline.loader import Loader
-from pipeline.manifest import ShardSet
+from pipeline.manifest import Encoding, ShardSet
 from pipeline.object_store import is_remote, join
 from pipeline.order import Plan
 from pipeline.samples import decode
@@ -161,32 +162,31 @@ def _webdataset_batches(shard_set: ShardSet, image_size: int, batch_size: int, n
         .batched(batch_size, collation_fn=_stack, partial=False)
     )
     workers = DataLoader(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=2 if num_workers else None)
-    for images, _ in workers:
+    for images in workers:
         yield len(images)
 
 
 class _DecodeSample:
     """The decoder of our loader, so that readers are compared and not decoders."""
 
-    def __init__(self, encoding: str, image_size: int) -> None:
+    def __init__(self, encoding: Encoding, image_size: int) -> None:
         self._encoding, self._image_size = encoding, image_size
 
-    def __call__(self, sample: dict[str, Any]) -> tuple[np.ndarray[Any, Any], int]:
+    def __call__(self, sample: dict[str, bytes]) -> npt.NDArray[np.uint8]:
         data = next(value for key, value in sample.items() if key in ("webp", "bin", "png", "jpg", "jpeg"))
-        return decode(data, self._encoding, self._image_size), int(sample.get("cls", b"-1"))  # type: ignore[arg-type]
+        return decode(data, self._encoding, self._image_size)
 
 
-def _stack(samples: list[tuple[np.ndarray[Any, Any], int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.from_numpy(np.stack([image for image, _ in samples]))
-    return images.permute(0, 3, 1, 2), torch.tensor([label for _, label in samples])
+def _stack(images: list[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def _urls(shard_set: ShardSet) -> list[str]:
     """Paths, or addresses that curl can read: webdataset does not know s3://."""
     names = [shard.name for shard in shard_set.manifest.shards]
-    if not is_remote(shard_set.location):
-        return [str(Path(join(shard_set.location, name)).absolute()) for name in names]
-    where = s3_store.parse(shard_set.location)
+    if not is_remote(shard_set.shards_location):
+        return [str(Path(join(shard_set.shards_location, name)).absolute()) for name in names]
+    where = s3_store.parse(shard_set.shards_location)
     client = s3_store.client(where)
     return [
         client.generate_presigned_url("get_object", {"Bucket": where.bucket, "Key": where.key(name)}) for name in names

@@ -1,5 +1,6 @@
 """What a training will need, for any number of processes, without a GPU and without weights."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -167,8 +168,8 @@ def _known_speed(config: Config) -> tuple[float, int, int] | None:
     return speed
 
 
-def _size(tensors: object) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # type: ignore[attr-defined]  # iterable
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _gigabytes(num_bytes: float) -> str:

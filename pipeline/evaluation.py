@@ -316,7 +316,7 @@ def _provenance(subject: Subject, reference_path: Path, world: World, seconds: f
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "tf32": {
             "matmul": torch.backends.cuda.matmul.fp32_precision == "tf32",
-            "convolution": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
+            "convolution": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]  # torch leaves it untyped
         },
         "world_size": world.size,
         "git_commit": commit,

@@ -87,7 +87,7 @@ class Loader:
                 f"build the set with --size {image_size}, or train at {manifest.image_size} px"
             )
         self.plan = Plan(shard_set.index.block_first_sample, seed, global_batch_size, accumulation_steps)
-        if cache and is_remote(shard_set.location):
+        if cache and is_remote(shard_set.shards_location):
             _check_room(shard_set, self.plan, cache)
         self.counts = ReadCounts()
         rows = rank_rows(global_batch_size, accumulation_steps, rank, world_size)

@@ -2,13 +2,23 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline import object_store
 from pipeline.build_files import BuildError, clean, find_plan, find_records, num_shards, write
-from pipeline.manifest import INDEX_NAME, MANIFEST_NAME, Index, Manifest, ShardSet, index_faults, open_shard_set
+from pipeline.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Index,
+    Manifest,
+    ShardSet,
+    Skipped,
+    index_faults,
+    open_shard_set,
+)
 from pipeline.shard_file import ShardRecord
 
 Channels = tuple[float, float, float]
@@ -79,17 +89,21 @@ def ranges(numbers: list[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
+def skipped_lines(skipped: Sequence[Skipped]) -> str:
+    """The first of the images that cannot be read, a line each."""
+    lines = [f"  {skip.file}: {skip.reason}\n" for skip in skipped[:20]]
+    more = f"  ... and {len(skipped) - len(lines)} more\n" if len(skipped) > len(lines) else ""
+    return "".join(lines) + more
+
+
 def check_skipped(records: list[ShardRecord], total: int, max_skipped: int) -> None:
     """Raises a BuildError that lists the unreadable images if there are more than `max_skipped`."""
     skipped = [skip for record in records for skip in record.skipped]
     if len(skipped) > max_skipped:
-        lines = [f"  {skip.file}: {skip.reason}" for skip in skipped[:20]]
-        if len(skipped) > len(lines):
-            lines.append(f"  ... and {len(skipped) - len(lines)} more")
         raise BuildError(
             f"{len(skipped)} of {total:,} images cannot be read (so far), --max-skipped allows {max_skipped}:\n"
-            + "\n".join(lines)
-            + "\nMend or remove them in the source and build it anew, or run the same command with a larger "
+            + skipped_lines(skipped)
+            + "Mend or remove them in the source and build it anew, or run the same command with a larger "
             "--max-skipped: it goes on from here, and the manifest lists what is missing"
         )
 

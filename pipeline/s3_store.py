@@ -69,7 +69,7 @@ def parse(location: str) -> S3Location:
             raise LocationError(f"{location}: {key} must be {' or '.join(allowed or ('a text',))}, got {value!r}")
     if not options.get("endpoint_url", "http://").startswith(("http://", "https://")):
         raise LocationError(f"{location}: endpoint_url must begin with http:// or https://")
-    store = Store(**{**options, "anonymous": options.get("anonymous") == "true"})  # type: ignore[arg-type]
+    store = Store(**{**options, "anonymous": options.get("anonymous") == "true"})  # type: ignore[arg-type]  # checked above
     return S3Location(store, parts.netloc, parts.path.strip("/"))
 
 

@@ -243,7 +243,7 @@ def _describe(file: BinaryIO, task: ShardTask, pixels: _Pixels) -> ShardRecord:
         block_sha256.append(hashlib.sha256(file.read(stop - start)).hexdigest())
     file.seek(0)
     values = np.arange(256)
-    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
     return ShardRecord(
         Shard(task.name, len(spans), file.tell(), sha256, pixels.sha256.hexdigest()),
         sample_offset=tuple(span.offset for span in spans),

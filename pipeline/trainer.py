@@ -352,10 +352,11 @@ class Trainer:
         """Goes back to the last checkpoint, as BN and SN buffers have moved, and on from there with other noise."""
         trouble, health, rollbacks = self.trouble, self.config.health, len(self.redrawn)
         if health.on_failure == "stop" or rollbacks >= health.max_rollbacks:
+            tried = "Other noise did not help, so the fault is in the numbers: l" if rollbacks else "L"
             raise NonFiniteError(
                 f"{trouble}. Stopped after {rollbacks} rollback(s) (health.on_failure={health.on_failure}, "
-                f"health.max_rollbacks={health.max_rollbacks}). Other noise did not help, so the fault is in the "
-                "numbers: lower optimizer.lr_d and lr_g (with run.accept_changes) or use train.precision=float32"
+                f"health.max_rollbacks={health.max_rollbacks}). {tried}ower optimizer.lr_d and lr_g (with "
+                "run.accept_changes) or use train.precision=float32"
             )
         path, _ = self.world.broadcast(checkpoint.newest(self.config.run_dir) if self.world.is_main else (None, []))
         if path is None:

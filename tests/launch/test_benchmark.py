@@ -1,6 +1,7 @@
 """The command that measures: its figures against hand counts, and against the bars as ratios."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,18 @@ def test_both_readers_are_measured_and_every_number_is_written(tiny_shards, tmp_
     assert found["plan_seconds"] > 0 and 0 < found["imagenet_plan_seconds"] < 0.2
     for words in ("webp, 16 px, batches of 30, 1 worker(s), 2 x 0.3 s", "this loader", "webdataset", "data wait"):
         assert words in result.stdout
+
+
+def test_shards_that_lie_elsewhere_than_their_index_are_measured_by_both(tiny_shards, tmp_path):
+    (tmp_path / "tars").mkdir()
+    for path in tiny_shards.glob("*.tar"):
+        shutil.copy(path, tmp_path / "tars")
+    index = [sys.executable, "launch/shards.py", "index", tmp_path / "tars", "--output", tmp_path / "set"]
+    subprocess.run([*map(str, index)], cwd=REPO, check=True, capture_output=True, timeout=120)
+    result = benchmark("data", tmp_path / "set", "--size", 16, "--batch-size", 30, "--workers", 1, "--seconds", 0.3,
+                       "--repeats", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "original, 16 px" in result.stdout and "ratio  " in result.stdout
 
 
 @pytest.mark.s3
