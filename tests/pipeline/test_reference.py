@@ -11,9 +11,9 @@ from torch import nn
 
 from pipeline import reference
 from pipeline.config import Config, config_from_dict
+from pipeline.feature_pass import Moments
 from pipeline.features import EvaluationError, Extractor
 from pipeline.manifest import ShardSet, ShardSetError, open_shard_set
-from pipeline.reference import Moments
 from pipeline.world import World
 
 
@@ -71,10 +71,10 @@ def test_moments_of_parts_are_numpys_mean_and_covariance_of_the_whole(on_ranks):
             moments.add(rows[start : start + 7])
         return moments.reduce(world)
 
-    for statistics in on_ranks(3, work):
-        assert statistics.n == 50
-        np.testing.assert_allclose(statistics.mu, rows.double().numpy().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.sigma, np.cov(rows.double().numpy(), rowvar=False), rtol=1e-10)
+    for n, mu, sigma in on_ranks(3, work):
+        assert n == 50
+        np.testing.assert_allclose(mu, rows.double().numpy().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(rows.double().numpy(), rowvar=False), rtol=1e-10)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])  # 20: more ranks than batches
@@ -134,7 +134,7 @@ def test_a_damaged_or_foreign_file_is_no_reference(shard_set, tmp_path, damage):
     elif damage == "other protocol":
         reference.write(path, made, protocol | {"crop": "none"})
     else:
-        reference.write(path, reference.Statistics(89, made.mu, made.sigma), protocol)
+        reference.write(path, reference.Statistics(89, made.mu, made.sigma, made.kept), protocol)
     with pytest.raises(EvaluationError, match="and it will be computed again") as error:
         reference.obtain(shard_set, corners(), config, world)
     assert str(path) in str(error.value)
