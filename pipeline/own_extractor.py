@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def open_own(where: str, image_size: int, device: torch.device) -> Extractor:
         EvaluationError: it cannot be loaded or is no such network.
     """
     network, content = _load_file(Path(where)) if where.endswith(".pt") else _call(where)
-    network = network.to(device).eval().requires_grad_(False)
+    network = network.to(device).eval()
     name = re.sub(r"\W+", "_", Path(where).stem if where.endswith(".pt") else where).strip("_").lower()
     images = torch.arange(2 * 3 * image_size**2, device=device).reshape(2, 3, image_size, image_size).to(torch.uint8)
     try:
@@ -49,7 +50,10 @@ def open_own(where: str, image_size: int, device: torch.device) -> Extractor:
 def _load_file(path: Path) -> tuple[nn.Module, bytes]:
     try:
         content = path.read_bytes()
-        network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # torch advises torch.export; TorchScript files are what published feature networks come as.
+            warnings.simplefilter("ignore", FutureWarning)
+            network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         raise EvaluationError(f"evaluation.features={path} is no TorchScript file that can be read: {error}") from error
     return network, content

@@ -250,12 +250,14 @@ def test_scores_are_those_of_calculate_metrics_for_every_world_size(on_ranks, ba
     generator = generator_for(config)
     num_blocks = -(-150 // batch_size)
     fakes = torch.cat([generated.sample_block(generator, config, block, CPU) for block in range(num_blocks)])
-    colours = torch.randint(0, 256, (200, 3, 1, 1), generator=torch.Generator().manual_seed(1))
-    reals = (fakes[torch.arange(200) % 150] // 2 + colours // 2).byte()
+    others = config_with(num_images=100, batch_size=100, seed=1)
+    alike = generated.sample_block(generator, others, 0, CPU)
+    reals = torch.cat([alike, torch.randint(0, 256, alike.shape, generator=torch.Generator().manual_seed(1)).byte()])
     torch_fidelity.register_feature_extractor(f"generated {batch_size}", Registered)
     expected = torch_fidelity.calculate_metrics(
         input1=Images(fakes), input2=Images(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=40,
-        feature_extractor=f"generated {batch_size}", cuda=False, cache=False, save_cpu_ram=True, verbose=False, batch_size=50,
+        feature_extractor=f"generated {batch_size}", cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        batch_size=50,
     )  # fmt: skip
     extractor = random_features(CPU)
 
