@@ -69,6 +69,7 @@ def assert_each_step_once(run_dir: Path, steps: list[int]) -> None:
 
 
 @pytest.mark.slow  # a two-process training and an evaluator
+@pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # of what MLflow imports
 def test_watching_a_training_of_two_processes(config_file, tmp_path, repo_root):
     run_dir = tmp_path / "runs" / "tiny"
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
