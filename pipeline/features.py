@@ -145,9 +145,8 @@ def inception(weights: Weights, device: torch.device) -> Extractor:
     except RuntimeError as error:
         raise EvaluationError(f"{weights.path} holds the weights of another network: {error}") from error
     kind: Kind = "official" if weights.official else "unofficial"
-    # On a CPU channels_last is 1.5 times as fast; features differ by 1e-5, FID by less than 1e-7 of itself.
-    network.to(device, memory_format=torch.channels_last)
-    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network)
+    # Not channels_last, 1.5 times as fast on a CPU: FID and KID then differ from torch-fidelity's by 1e-6 to 2e-6.
+    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network.to(device))
 
 
 def random_features(device: torch.device) -> Extractor:
