@@ -79,6 +79,17 @@ def save(
         CheckpointError: when the disk is full or not writable; the unfinished files are removed.
     """
     target = checkpoints_dir(run_dir) / f"step-{state.step:08d}"
+    publish(target, state, networks, optimizers)
+    return target
+
+
+def publish(
+    target: Path,
+    state: TrainerState,
+    networks: Mapping[str, Mapping[str, Tensor]],
+    optimizers: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes the files of a step beside `target` and renames them there; see `save`."""
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +110,6 @@ def save(
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(_explain_failed_save(error, target)) from error
-    return target
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -124,7 +134,12 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 def published(run_dir: Path) -> list[Path]:
     """Lists the published checkpoints, oldest first, unverified."""
-    found = [path for path in checkpoints_dir(run_dir).glob("step-*") if _NAME.search(path.name) and path.is_dir()]
+    return steps_in(checkpoints_dir(run_dir))
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """Lists what is published in a directory of steps, oldest first, unverified."""
+    found = [path for path in directory.glob("step-*") if _NAME.search(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -170,17 +185,27 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, state, networks, optimizers)
 
 
-def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Removes all but the newest `keep` checkpoints, and what killed saves left behind; returns what was removed."""
-    removed = published(run_dir)[:-keep]
+def prune(run_dir: Path, keep: int, best_step: int | None = None) -> list[Path]:
+    """Removes all but the newest `keep` checkpoints, and what killed saves left behind; returns what was removed.
+
+    Args:
+        run_dir: the run.
+        keep: how many stay.
+        best_step: of the checkpoint that stays beside them, the best by FID.
+    """
+    removed = [path for path in published(run_dir)[:-keep] if step_of(path) != best_step]
     removed += [path for path in checkpoints_dir(run_dir).glob("step-*.partial")]
     for path in removed:
-        # Renamed first, so that a kill in between leaves no half of a checkpoint under a published name.
-        doomed = path.with_name(path.name.removesuffix(".partial") + ".partial")
-        if doomed != path:
-            path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove(path)
     return removed
+
+
+def remove(path: Path) -> None:
+    """Removes a published or partial directory, so that a kill in between leaves no half under a published name."""
+    doomed = path.with_name(path.name.removesuffix(".partial") + ".partial")
+    if doomed != path:
+        path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def digests(networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

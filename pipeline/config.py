@@ -112,17 +112,42 @@ class EmaConfig:
     start_step: NonNegativeInt = 2000  # until then the average is a copy
 
 
+Metric = Literal["inception_score", "fid", "kid", "precision_recall"]
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How `launch/evaluate.py` scores a checkpoint; training does not depend on it."""
+    """How `launch/evaluate.py` scores a run; training only leaves the snapshots. docs/evaluation.md explains all."""
 
+    every_steps: PositiveInt | None = 10_000  # snapshots for the evaluation, and one at the end; null: none
     num_images: Annotated[int, Field(ge=10)] = 50_000  # samples; scores of another number have another name
     batch_size: PositiveInt = 64  # samples of one block; equal for every world size, so part of the protocol
     seed: NonNegativeInt = 0  # noise and labels of the samples are functions of it
-    features: Literal["inception", "random"] = "inception"  # random: smoke runs; the scores compare with nothing
+    weights: Literal["ema", "raw"] = "ema"  # of the generator: the average, or the trained weights themselves
+    # running: statistics of training; standing: of standing_batches fresh batches; batch: of each block of samples.
+    batch_norm: Literal["running", "standing", "batch"] = "running"
+    standing_batches: PositiveInt = 16  # of batch_size samples each
+    labels: Literal["uniform", "balanced"] = "uniform"  # drawn at random; or sample i is of class i mod num_classes
+    metrics: tuple[Metric, ...] = ("inception_score", "fid", "kid", "precision_recall")
+    kid_subset_size: Annotated[int, Field(ge=2)] = 1000  # images of each of 100 subsets
+    truncations: tuple[PositiveFinite, ...] = ()  # thresholds of |z|: a curve of FID against Inception Score
+    intra_class_images: NonNegativeInt = 0  # samples of each class for intra-class FID; 5000 is usual; 0: none
+    features: str = "inception"  # or random (smoke runs), FILE.pt (TorchScript), package.module:function
     inception_weights: str | None = None  # file; null: the one in the torch hub cache, downloaded when missing
     allow_unofficial_weights: bool = False  # other weights than the published ones; the scores are named so
     reference_dir: str | None = None  # where statistics of the training set are kept; null: SHARDS/reference
+    reference_file: str | None = None  # statistics that others made (npz with mu and sigma), for one more FID
+    validation_shards: str | None = None  # the validation split, for one more FID and for --real
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise ValueError("metrics must name at least one of inception_score, fid, kid, precision_recall, got []")
+        own = self.features.endswith(".pt") or ":" in self.features
+        if self.features not in ("inception", "random") and not own:
+            raise ValueError(
+                "features must be inception, random, a TorchScript FILE.pt, or package.module:function, "
+                f"got {self.features!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import pairwise_distances_argmin
 from sklearn.svm import SVC
 
+from pipeline import subject
 from pipeline.config import load_config
-from pipeline.evaluation import find_subject
+from pipeline.manifest import open_shard_set
 from pipeline.networks import build_generator
 from pipeline.noise import draw_z
 from pipeline.sampling import to_uint8
@@ -167,7 +168,8 @@ def sample_run(run_dir: Path, num_images: int) -> tuple[npt.NDArray[np.uint8], L
     """Returns samples (N, 3, R, R) uint8 of a run's averaged generator, and the classes (N,) they were asked for."""
     config = load_config(run_dir / "config.yaml")
     generator = build_generator(config)
-    generator.load_state_dict(find_subject(run_dir, config).ema)
+    [newest] = subject.choose(run_dir, "newest", config)
+    generator.load_state_dict(subject.read(newest, config, open_shard_set(config.data.shards)).tensors)
     generator.eval()
     asked = torch.arange(num_images) % NUM_CLASSES
     z = draw_z(config.evaluation.seed, "eval_z", 0, 0, num_images, config.model.z_dim)

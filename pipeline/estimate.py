@@ -27,6 +27,7 @@ class Estimate:
     activation_bytes: int  # what autograd keeps in the larger of the two steps; workspaces of kernels come on top
     reduced_bytes: int  # of gradients and batch norm statistics, summed over ranks in one generator update
     checkpoint_bytes: int  # on disk, once
+    snapshot_bytes: int  # of one for the evaluation
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
@@ -56,6 +57,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
         activation_bytes=activation_bytes,
         reduced_bytes=(train.num_d_steps * d_bytes + g_bytes + synchronised) if world_size > 1 else 0,
         checkpoint_bytes=2 * g_state + d_state + 2 * (g_bytes + d_bytes),
+        snapshot_bytes=2 * g_state,
     )
 
 
@@ -64,6 +66,8 @@ def describe_needs(config: Config, world_size: int, num_samples: int) -> str:
     needs, train = estimate(config, world_size), config.train
     total = needs.weight_bytes + needs.gradient_bytes + needs.adam_bytes + needs.activation_bytes
     used = num_samples // train.global_batch_size * train.global_batch_size
+    every_steps = config.evaluation.every_steps
+    num_snapshots = -(-train.steps // every_steps) if every_steps else 0
     lines = [
         (
             "memory",
@@ -82,7 +86,11 @@ def describe_needs(config: Config, world_size: int, num_samples: int) -> str:
             f"{used:,} of {num_samples:,} images, {used // world_size:,} per process; the other "
             f"{num_samples - used:,} are left over, others each time",
         ),
-        ("disk", f"{_gigabytes(needs.checkpoint_bytes)} per checkpoint, {train.keep_checkpoints} kept"),
+        (
+            "disk",
+            f"{_gigabytes(needs.checkpoint_bytes)} per checkpoint, {train.keep_checkpoints} kept and the best by FID; "
+            f"{_gigabytes(needs.snapshot_bytes)} per snapshot for the evaluation, {num_snapshots} kept",
+        ),
         ("time", _time_left(config, world_size)),
     ]
     return "\n".join(f"{name:<8} {text}" for name, text in lines)

@@ -1,317 +1,442 @@
-"""Scores a run's newest checkpoint: from a run directory to a result file that says how each number came about.
+"""Scores runs: from a run directory to result files that say how each number came about.
 
-Samples are made in fixed blocks, block b on rank b mod W, from noise keyed by the block, so that they are bit-equal for
-every number of processes W. All that is cheap and may fail comes before the first sample.
+All that is cheap and may fail comes before the first sample. A result that is there already is shown, not made again.
 """
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline import checkpoint, reference, tracking
-from pipeline.config import Config, ConfigError, changed_hyperparameters
+from pipeline import (
+    checkpoint,
+    feature_pass,
+    generated,
+    intra_class,
+    reference,
+    results,
+    scores,
+    snapshots,
+    subject,
+    tracking,
+    truncation,
+)
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.feature_pass import Seen, Statistics, on_rank_0
 from pipeline.features import (
     IS_SHUFFLE_SEED,
     IS_SPLITS,
+    KID_SEED,
+    KID_SUBSETS,
+    NEIGHBOURS,
     EvaluationError,
     Extractor,
-    Kind,
     Weights,
     frechet_distance,
     inception,
-    inception_score,
     random_features,
     read_weights,
 )
 from pipeline.manifest import ShardSet, open_shard_set
-from pipeline.networks import build_generator
-from pipeline.noise import draw_labels, draw_z
-from pipeline.reference import Moments, Statistics, on_rank_0, progress
-from pipeline.sampling import to_uint8
-from pipeline.shard_file import write_file
+from pipeline.mlflow_sender import count_unsent
+from pipeline.own_extractor import open_own
+from pipeline.results import Result
+from pipeline.subject import Subject, UnreadableSubjectError
 from pipeline.world import World, configure_determinism
 
-FORMAT = 1
-OFFICIAL_NUM_IMAGES = 50_000
+FORMAT = 2
+POLL_SECONDS = 10.0  # between looks for a new snapshot
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is scored: the averaged generator of a checkpoint, on the CPU."""
-
-    checkpoint: Path
-    step: int
-    dataset_id: str  # that it was trained on
-    checkpoint_sha256: str  # of its manifest, which holds the hashes of all its files
-    ema_sha256: str  # of ema.safetensors
-    ema: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the scores need to know of the samples of all ranks."""
-
-    statistics: Statistics
-    logits: Tensor  # (n, classes) on the CPU, in the order of the samples
-    num_constant: int  # images of a single colour
-
-
-def evaluate(run_dir: Path, config: Config) -> None:
-    """Scores the newest whole checkpoint of a run, writes the result file and tells MLflow; called on every rank.
-
-    A result that is there already is shown, not made again.
+def evaluate(run_dir: Path, config: Config, which: str = "newest") -> int:
+    """Scores what `--checkpoint` asks for, writes result files and tells MLflow; called on every rank.
 
     Args:
         run_dir: the run; nothing but RUN/evaluations is written.
         config: of the run, with the overrides of this evaluation.
+        which: `newest`, `best`, `all` or a step.
+
+    Returns:
+        Exit status: 1 if some of `all` could not be scored.
 
     Raises:
         ConfigError: the configuration does not fit the checkpoint or the data.
         EvaluationError: no checkpoint, no weights, no place for the reference, samples that cannot be scored.
         ShardSetError: the reference set is missing or damaged.
     """
-    started = time.perf_counter()
-    world = World(config.run.device, config.run.expected_world_size)
-    _compute_exactly(world.device)
-    shard_set = open_shard_set(config.data.shards)
-    subject, weights = on_rank_0(world, lambda: _preflight(run_dir, config, shard_set))
-    extractor = inception(weights, world.device) if weights else random_features(world.device)
-    protocol = protocol_of(config, shard_set, extractor)
-    path = _result_path(run_dir, subject, protocol)
-    if world.broadcast(path.exists()):
-        if world.is_main:
-            print(f"{path} is there already: the same weights, scored by the same protocol", file=sys.stderr)
+    evaluator = Evaluator(run_dir, config)
+    paths = on_rank_0(evaluator.world, lambda: subject.choose(run_dir, which, config))
+    if which == "all":
+        num_failed = sum(not evaluator.try_to_score(path) for path in paths)
     else:
-        real, real_path = reference.obtain(shard_set, extractor, config, world)
-        samples = make_samples(_generator(subject, config, world.device), config, extractor, world)
-        if world.is_main:
-            result = _result(subject, samples, real, protocol)
-            result["provenance"] = _provenance(subject, real_path, world, time.perf_counter() - started)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, (json.dumps(result, indent=1) + "\n").encode())
+        evaluator.score(paths[0])
+        num_failed = 0
+    evaluator.world.shutdown()
+    return int(num_failed > 0)
+
+
+def watch(run_dir: Path, config: Config, until_step: int | None = None) -> int:
+    """Scores each snapshot as training leaves it, oldest first; called on every rank.
+
+    Ends when the training is done and all its snapshots are scored, or after one of `until_step` or later.
+
+    Returns:
+        Exit status: 1 if some could not be scored.
+    """
+    evaluator = Evaluator(run_dir, config)
+    evaluator.prepare()
+    seen: set[str] = set()
+    num_failed = 0
+    while True:
+        path, is_over = on_rank_0(evaluator.world, lambda: _next_snapshot(run_dir, seen, until_step))
+        if path is not None:
+            num_failed += not evaluator.try_to_score(path)
+        elif is_over:
+            break
+        else:
+            time.sleep(POLL_SECONDS)
+    evaluator.world.shutdown()
+    return int(num_failed > 0)
+
+
+def _next_snapshot(run_dir: Path, seen: set[str], until_step: int | None) -> tuple[Path | None, bool]:
+    """Returns the oldest snapshot that was not seen yet, and whether no more will come or is wanted."""
+    is_over = _is_done(run_dir)  # asked first: a snapshot that comes in between is found below
+    found = [
+        path for path in snapshots.published(run_dir) if until_step is None or checkpoint.step_of(path) <= until_step
+    ]
+    for path in found:
+        try:
+            # By content: after a rollback other weights may take a step's place.
+            key = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+        except FileNotFoundError:
+            continue  # being replaced just now
+        if key not in seen:
+            seen.add(key)
+            return path, False
+    last = max((checkpoint.step_of(path) for path in snapshots.published(run_dir)), default=-1)
+    return None, is_over or (until_step is not None and last >= until_step)
+
+
+def _is_done(run_dir: Path) -> bool:
+    """Returns whether training has done all the steps of its configuration, which may have been raised since."""
+    try:
+        done = int((run_dir / "DONE").read_text())
+        return done >= load_config(run_dir / "config.yaml").train.steps
+    except (FileNotFoundError, ValueError, ConfigError):  # one of them is being written
+        return False
+
+
+def sync(run_dir: Path, config: Config) -> None:
+    """Tells MLflow of every result it has not been told of; called on every rank."""
+    world = World(config.run.device, config.run.expected_world_size)
     if world.is_main:
-        _tell(config, run_dir, path)
+        found = sorted(results.directory(run_dir).glob("*/*.json"))
+        for path in found:
+            tracking.record_evaluation(run_dir, *_for_tracking(results.read(path), path))
+        tracking.send_unsent(config, run_dir)
+        points, files = count_unsent(run_dir)
+        print(f"{len(found)} results of {run_dir}; {points} points and {files} files are not sent yet")
     world.shutdown()
 
 
-def _tell(config: Config, run_dir: Path, path: Path) -> None:
-    """Prints a result and hands it to MLflow, which records it once however often it is told."""
-    result = json.loads(path.read_text())
-    print(describe(result, path), flush=True)
-    metrics = {f"eval/{name}": score for name, score in result["scores"].items()}
-    tracking.log_evaluation(config, run_dir, result["step"], metrics, [path])
+class Evaluator:
+    """Scores steps of a run by one protocol; made on every rank, and each method is called on every rank.
+
+    Args:
+        run_dir: the run.
+        config: of the run, with the overrides of this evaluation.
+    """
+
+    def __init__(self, run_dir: Path, config: Config):
+        self.run_dir, self.config = run_dir, config
+        self.world = World(config.run.device, config.run.expected_world_size)
+        compute_exactly(self.world.device)
+        self.shard_set = open_shard_set(config.data.shards)
+        check_reference_set(config, self.shard_set)
+        if config.evaluation.intra_class_images and not config.model.num_classes:
+            raise ConfigError("evaluation.intra_class_images needs classes, but this model has none; leave it out")
+        if config.evaluation.truncations:
+            truncation.check_can_plot()
+        scores.check_counts(config.evaluation, config.evaluation.num_images, self.shard_set.index.num_samples)
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The feature extractor; weights are read by rank 0."""
+        return open_extractor(self.config, self.world)
+
+    @cached_property
+    def references(self) -> "References":
+        """What samples are compared with; made if it is not there yet."""
+        return obtain_references(self.config, self.shard_set, self.extractor, self.world)
+
+    def prepare(self) -> None:
+        """Gets ready what all steps share."""
+        assert self.references
+
+    def try_to_score(self, path: Path) -> bool:
+        """Scores a step, or says on stderr why not; what was pruned meanwhile is no failure."""
+        try:
+            self.score(path)
+        except UnreadableSubjectError as error:
+            self._say(f"passed over: {error}")
+            return "was removed" in str(error)
+        except EvaluationError as error:
+            self._say(f"error: {error}")
+            return False
+        return True
+
+    def score(self, path: Path) -> None:
+        """Scores a snapshot or checkpoint, writes its result and tells MLflow.
+
+        Raises:
+            ConfigError: it does not fit the run or the data.
+            EvaluationError: it cannot be read, or its samples cannot be scored.
+        """
+        world, config = self.world, self.config
+        chosen = on_rank_0(world, lambda: subject.read(path, config, self.shard_set))
+        protocol = protocol_of(config, self.shard_set, self.extractor)
+        target = results.path_of(self.run_dir, f"step-{chosen.step:08d}", chosen.weights_sha256, protocol)
+        if world.broadcast(target.exists()):
+            self._say(f"{target} is there already: the same weights, scored by the same protocol")
+        else:
+            self._make(chosen, protocol, target)
+        if error := on_rank_0(world, lambda: tell(self.run_dir, config, target)):
+            raise EvaluationError(f"{error} (on record in {target})")
+
+    def _make(self, chosen: Subject, protocol: dict[str, Any], target: Path) -> None:
+        """Makes the samples and from them the result file, last."""
+        started = time.perf_counter()
+        references = self.references
+        generator = generated.load(chosen.tensors, self.config, self.world.device)
+        result: Result = {"step": chosen.step, "protocol": protocol}
+        try:
+            seen = generated.make_samples(generator, self.config, self.extractor, self.world)
+            seconds = time.perf_counter() - started
+            result |= self._scores(seen, protocol)
+            result |= self._extras(generator, chosen.step, result, target)
+        except generated.UnusableSamplesError as error:
+            # The same weights fail in the same way next time: this is their result.
+            result |= {"error": str(error)}
+            seconds = time.perf_counter() - started
+        if self.world.is_main:
+            result["provenance"] = provenance_of(self.world) | {
+                "checkpoint": str(chosen.path),
+                "checkpoint_sha256": chosen.manifest_sha256,
+                "weights_sha256": chosen.weights_sha256,
+                "reference_file": str(references.path),
+                "reference_sha256": references.sha256,
+                "images_per_second": round(self.config.evaluation.num_images / seconds, 2),
+                "wall_seconds": round(time.perf_counter() - started, 1),
+            }
+            results.write(target, result)
+
+    def _scores(self, seen: Seen, protocol: dict[str, Any]) -> Result:
+        """Returns scores by name and what is to be said of them; on rank 0, others only wait for them."""
+        if not self.world.is_main:
+            return {}
+        evaluation, references = self.config.evaluation, self.references
+        n, complete = seen.statistics.n, protocol["reference"]["complete"]
+        ending, inception_ending, reasons = scores.score_names(self.extractor, evaluation, n, complete)
+        found = scores.compare(seen, references.real, evaluation, (ending, inception_ending))
+        for name, other in references.others.items() if "fid" in evaluation.metrics else ():
+            found[f"fid_{name}{ending}"] = frechet_distance(
+                seen.statistics.mu, seen.statistics.sigma, other.mu, other.sigma
+            )
+        remarks = scores.remarks(seen, references.real.n) + references.warnings
+        return {"scores": found, "not_official_because": reasons, "remarks": remarks}
+
+    def _extras(self, generator: nn.Module, step: int, result: Result, target: Path) -> Result:
+        """Makes what is asked for beside the scores, and writes its files beside the result."""
+        evaluation, found = self.config.evaluation, {}
+        if self.world.is_main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if evaluation.truncations:
+            points = truncation.score_truncations(
+                generator, self.config, self.extractor, self.references.real, self.world
+            )
+            if self.world.is_main:
+                ending = scores.score_names(self.extractor, evaluation, evaluation.num_images, True)[0]
+                truncation.plot(target.with_name(f"{target.stem}-truncation.png"), points, step, f"fid{ending}")
+                found["truncation_curve"] = points
+        if evaluation.intra_class_images:
+            rows = reference.obtain_features(self.shard_set, self.extractor, self.config, self.world)
+            classes = intra_class.score_classes(
+                generator, self.config, self.shard_set, rows, self.extractor, self.world
+            )
+            if self.world.is_main:
+                names = self.shard_set.manifest.class_names
+                intra_class.write_table(target.with_name(f"{target.stem}-classes.csv"), classes, names)
+                name = f"intra_fid{self._intra_ending(result)}"
+                result["scores"][name] = sum(score.fid for score in classes) / len(classes)
+        return found
+
+    def _intra_ending(self, result: Result) -> str:
+        """Returns the ending of intra-class FID's name; it counts images per class, not in all."""
+        n, complete = self.config.evaluation.intra_class_images, result["protocol"]["reference"]["complete"]
+        ending = scores.score_names(self.extractor, self.config.evaluation, scores.OFFICIAL_NUM_IMAGES, complete)[0]
+        return ending + ("" if n == intra_class.USUAL_NUM_IMAGES else f"_{n}")
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, file=sys.stderr, flush=True)
 
 
-def _preflight(run_dir: Path, config: Config, shard_set: ShardSet) -> tuple[Subject, Weights | None]:
-    subject = find_subject(run_dir, config)
-    _check_reference_set(subject, config, shard_set)
-    return subject, read_weights(config.evaluation) if config.evaluation.features == "inception" else None
+@dataclass(frozen=True)
+class References:
+    """What samples are compared with."""
+
+    real: Statistics  # of the training set
+    path: Path  # the file it is kept in
+    sha256: str
+    others: dict[str, Statistics]  # for one more FID each, by the name that follows `fid_`
+    warnings: list[str]
 
 
-def find_subject(run_dir: Path, config: Config) -> Subject:
-    """Reads the averaged generator of the newest whole checkpoint; changes nothing in the run directory.
+def obtain_references(config: Config, shard_set: ShardSet, extractor: Extractor, world: World) -> References:
+    """Returns the statistics of the training set and of what else is asked for; called on every rank.
 
     Raises:
-        EvaluationError: there is none.
-        ConfigError: it was made with another configuration than the one given.
+        EvaluationError: see `reference.obtain` and `reference.read_foreign`.
+        ShardSetError: a set is missing or damaged.
     """
-    damaged = []
-    for path in reversed(checkpoint.published(run_dir)):
-        if (fault := checkpoint.find_fault(path)) is None:
-            break
-        damaged.append(f"checkpoint {path} is damaged ({fault})")
-        print(f"{damaged[-1]}; the one before it is evaluated", file=sys.stderr)
-    else:
-        reason = "; ".join(damaged) or f"{checkpoint.checkpoints_dir(run_dir)} holds no checkpoint yet"
-        raise EvaluationError(
-            f"{reason}. Training saves one every {config.train.checkpoint_every_steps} steps "
-            "(train.checkpoint_every_steps), at its end, and when it is stopped by SIGTERM"
-        )
-    state = json.loads((path / "trainer.json").read_text())
-    if changed := changed_hyperparameters(state["config"], config):
-        lines = "\n".join(f"  {line}" for line in changed)
-        raise ConfigError(f"{path} was made with another configuration than {run_dir / 'config.yaml'} says:\n{lines}")
-    manifest, ema = (path / "manifest.json").read_bytes(), (path / "ema.safetensors").read_bytes()
-    hashes = hashlib.sha256(manifest).hexdigest(), hashlib.sha256(ema).hexdigest()
-    return Subject(path, state["step"], state["dataset_id"], *hashes, safetensors.torch.load(ema))
+    evaluation, others, warnings = config.evaluation, {}, []
+    expected = reference.protocol_of(shard_set, extractor, config.model.resolution)
+    if evaluation.reference_file is not None:
+        foreign_path = Path(evaluation.reference_file)
+        foreign = on_rank_0(world, lambda: reference.read_foreign(foreign_path, extractor, expected))
+        others["foreign_reference"] = foreign.statistics
+        warnings += [foreign.warning] if foreign.warning else []
+    validation = open_validation_set(config, shard_set) if evaluation.validation_shards else None
+    real, path = reference.obtain(shard_set, extractor, config, world)
+    if validation is not None:
+        others["validation"] = reference.obtain(validation, extractor, config, world)[0]
+    sha256 = on_rank_0(world, lambda: hashlib.sha256(path.read_bytes()).hexdigest())
+    return References(real, path, sha256, others, warnings)
 
 
-def _check_reference_set(subject: Subject, config: Config, shard_set: ShardSet) -> None:
-    where, size = f"data.shards={config.data.shards}", config.model.resolution
+def open_extractor(config: Config, world: World) -> Extractor:
+    """Returns the extractor of `evaluation.features`; called on every rank, weights are read by rank 0.
+
+    Raises:
+        EvaluationError: no weights, or wrong ones.
+    """
+    is_inception = config.evaluation.features == "inception"
+    weights = on_rank_0(world, lambda: read_weights(config.evaluation)) if is_inception else None
+    return build_extractor(config, weights, world.device)
+
+
+def build_extractor(config: Config, weights: Weights | None, device: torch.device) -> Extractor:
+    """Returns the extractor of `evaluation.features`.
+
+    Args:
+        config: of the run.
+        weights: for `inception`.
+        device: where it will run.
+
+    Raises:
+        EvaluationError: it cannot be loaded.
+    """
+    if weights is not None:
+        return inception(weights, device)
+    if config.evaluation.features == "random":
+        return random_features(device)
+    return open_own(config.evaluation.features, config.model.resolution, device)
+
+
+def check_reference_set(config: Config, shard_set: ShardSet, key: str = "data.shards") -> None:
+    """Finds a reference that the samples cannot be compared with.
+
+    Raises:
+        ConfigError: its images are of another size.
+    """
+    size = config.model.resolution
     if shard_set.manifest.image_size not in (None, size):
         raise ConfigError(
-            f"{where} holds images of {shard_set.manifest.image_size} px, but the generator makes {size} px; "
-            "the reference of FID is the training set: say where it is with data.shards=DIR"
+            f"{key}={shard_set.location} holds images of {shard_set.manifest.image_size} px, but the generator makes "
+            f"{size} px; the reference of FID is the training set: say where it is with {key}=DIR"
         )
-    if shard_set.dataset_id != subject.dataset_id:
-        raise ConfigError(
-            f"{where} is data set {shard_set.dataset_id[:12]}, but {subject.checkpoint} was trained on "
-            f"{subject.dataset_id[:12]}; the reference of FID is the training set: say where it is with data.shards=DIR"
-        )
+
+
+def open_validation_set(config: Config, training_set: ShardSet) -> ShardSet:
+    """Opens `evaluation.validation_shards`.
+
+    Raises:
+        ConfigError: its images were made by another protocol than the training set's.
+        ShardSetError: missing or damaged.
+    """
+    assert config.evaluation.validation_shards is not None
+    found = open_shard_set(config.evaluation.validation_shards)
+    check_reference_set(config, found, "evaluation.validation_shards")
+    for name in ("crop", "interpolation"):
+        ours, theirs = getattr(training_set.manifest, name), getattr(found.manifest, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"evaluation.validation_shards={found.location} has {name} {theirs!r}, the training set {ours!r}: "
+                "numbers of different protocols must not be compared; build both sets alike"
+            )
+    return found
 
 
 def protocol_of(config: Config, shard_set: ShardSet, extractor: Extractor) -> dict[str, Any]:
     """Returns all that determines the scores of given weights, as plain values."""
-    evaluation = config.evaluation
+    evaluation, foreign = config.evaluation, config.evaluation.reference_file
+    validation = open_validation_set(config, shard_set) if evaluation.validation_shards else None
     return {
         "format": FORMAT,
-        "weights": "ema",
-        "batch_norm": "running",
+        "weights": evaluation.weights,
+        "batch_norm": evaluation.batch_norm,
+        "standing_batches": evaluation.standing_batches if evaluation.batch_norm == "standing" else None,
         "precision": "float32",
         "num_images": evaluation.num_images,
         "batch_size": evaluation.batch_size,
         "seed": evaluation.seed,
-        "labels": "uniform" if config.model.num_classes else "none",
+        "labels": evaluation.labels if config.model.num_classes else "none",
         "quantisation": "rounded to uint8",
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "extractor_kind": extractor.kind,
+        "metrics": sorted(evaluation.metrics),
         "inception_score_splits": [IS_SPLITS, 1],
         "inception_score_shuffle_seed": IS_SHUFFLE_SEED,
+        "kid": {"subsets": KID_SUBSETS, "subset_size": evaluation.kid_subset_size, "seed": KID_SEED},
+        "precision_recall_neighbours": NEIGHBOURS,
+        "features_compared": feature_pass.MAX_KEPT,
+        "truncations": list(evaluation.truncations),
+        "intra_class_images": evaluation.intra_class_images,
         "reference": reference.protocol_of(shard_set, extractor, config.model.resolution),
+        "validation": validation and reference.protocol_of(validation, extractor, config.model.resolution),
+        "reference_file_sha256": foreign and hashlib.sha256(Path(foreign).read_bytes()).hexdigest(),
     }
 
 
-def _result_path(run_dir: Path, subject: Subject, protocol: dict[str, Any]) -> Path:
-    """Returns the one place of the result of these weights by this protocol."""
-    key = hashlib.sha256(json.dumps([subject.ema_sha256, protocol], sort_keys=True).encode()).hexdigest()
-    return run_dir / "evaluations" / f"step-{subject.step:08d}" / f"{key[:16]}.json"
+def tell(run_dir: Path, config: Config, path: Path) -> str | None:
+    """Prints a result and hands it to MLflow, which records it once however often it is told; returns its error."""
+    result = results.read(path)
+    print(describe(result, path), flush=True)
+    tracking.log_evaluation(config, run_dir, *_for_tracking(result, path))
+    error: str | None = result.get("error")
+    return error
 
 
-def _generator(subject: Subject, config: Config, device: torch.device) -> nn.Module:
-    generator = build_generator(config)
-    generator.load_state_dict(subject.ema)
-    return generator.to(device, torch.float32).eval().requires_grad_(False)
+def _for_tracking(result: Result, path: Path) -> tuple[int, dict[str, float], list[Path]]:
+    metrics = {f"eval/{name}": score for name, score in result.get("scores", {}).items()}
+    return result["step"], metrics, [path, *sorted(path.parent.glob(f"{path.stem}-*"))]
 
 
-def make_samples(generator: nn.Module, config: Config, extractor: Extractor, world: World) -> Samples:
-    """Makes `evaluation.num_images` samples, each once over all ranks, and passes them through the extractor.
-
-    Raises:
-        EvaluationError: see `sample_block`.
-    """
-    evaluation = config.evaluation
-    num_blocks = -(-evaluation.num_images // evaluation.batch_size)
-    moments = Moments(extractor.num_features, world.device)
-    logits, num_constant = [], 0
-    with progress(world, evaluation.num_images, "samples") as advance:
-        for block in range(world.rank, num_blocks, world.size):
-            images = sample_block(generator, config, block, world.device)
-            num_constant += int(_constant(images).sum())
-            features, block_logits = extractor(images)
-            moments.add(features)
-            logits.append(block_logits.cpu())
-            advance(len(images))
-    by_rank = world.gather(logits)
-    in_order = torch.cat([by_rank[block % world.size][block // world.size] for block in range(num_blocks)])
-    statistics = moments.reduce(world)
-    assert statistics.n == len(in_order) == evaluation.num_images, (statistics.n, len(in_order))
-    return Samples(statistics, in_order, sum(world.gather(num_constant)))
-
-
-@torch.no_grad()
-def sample_block(generator: nn.Module, config: Config, block: int, device: torch.device) -> Tensor:
-    """Makes the samples of one block, (n, 3, R, R) uint8 on the device: all of them a function of seed and block.
-
-    Raises:
-        EvaluationError: non-finite values, or nothing but constant or equal images.
-    """
-    evaluation, model = config.evaluation, config.model
-    seed, size = evaluation.seed, evaluation.batch_size
-    n = min(size, evaluation.num_images - block * size)
-    z = draw_z(seed, "eval_z", 0, block, size, model.z_dim)[:n].to(device)
-    labels = draw_labels(seed, "eval_labels", 0, block, size, model.num_classes)
-    images: Tensor = generator(z, None if labels is None else labels[:n].to(device))
-    where = f"block {block} of the samples (images {block * size} to {block * size + n - 1})"
-    if num_broken := int((~images.isfinite().flatten(1).all(1)).sum()):
-        raise EvaluationError(
-            f"{where}: {num_broken} of {n} hold non-finite values: the weights of this step are broken"
-        )
-    pixels = to_uint8(images)
-    num_constant, num_equal = int(_constant(pixels).sum()), int((pixels == pixels[:1]).flatten(1).all(1).sum())
-    if num_constant == n or num_equal == n > 1:
-        what = "are of a single colour" if num_constant == n else "are the same picture"
-        raise EvaluationError(f"{where}: {n} of {n} {what}: the generator has collapsed, there is nothing to score")
-    return pixels
-
-
-def _constant(images: Tensor) -> Tensor:
-    """Returns which of the images (N, 3, H, W) are of a single colour, (N,) bool."""
-    pixels = images.flatten(2)
-    return (pixels == pixels[:, :, :1]).flatten(1).all(1)
-
-
-def score_names(kind: Kind, num_images: int, reference_is_complete: bool) -> tuple[str, str, list[str]]:
-    """Returns what the scores may be called: only those of the official protocol go by their plain names.
-
-    Args:
-        kind: of the extractor.
-        num_images: generated.
-        reference_is_complete: whether the reference holds every image of its split.
-
-    Returns:
-        The name of FID, the ending of the names of the Inception Scores, and the reasons for what is not plain.
-    """
-    reasons = {
-        "the features are those of a small random network, the scores compare with nothing": kind == "random",
-        "the Inception weights are not the published ones": kind == "unofficial",
-        f"{num_images:,} images were generated, not {OFFICIAL_NUM_IMAGES:,}": num_images != OFFICIAL_NUM_IMAGES,
-        "the reference is not a complete split: images were left out when the set was built": not reference_is_complete,
-    }
-    if kind == "random":
-        fid_ending = ending = "_random_features"
-    elif kind == "unofficial":
-        fid_ending = ending = "_unofficial"
-    else:
-        count = f"{num_images // 1000}k" if num_images % 1000 == 0 else str(num_images)
-        ending = "" if num_images == OFFICIAL_NUM_IMAGES else f"_{count}"
-        fid_ending = ending if reference_is_complete else f"{ending}_partial_reference"
-    return f"fid{fid_ending}", ending, [reason for reason, holds in reasons.items() if holds]
-
-
-def _result(subject: Subject, samples: Samples, real: Statistics, protocol: dict[str, Any]) -> dict[str, Any]:
-    fakes = samples.statistics
-    fid, ending, reasons = score_names(protocol["extractor_kind"], fakes.n, protocol["reference"]["complete"])
-    mean, std = inception_score(samples.logits, IS_SPLITS)
-    scores = {
-        fid: frechet_distance(fakes.mu, fakes.sigma, real.mu, real.sigma),
-        f"inception_score_mean{ending}": mean,
-        f"inception_score_std{ending}": std,
-        f"inception_score_single_split{ending}": inception_score(samples.logits, 1)[0],
-    }
-    remarks = []
-    if (fewest := min(fakes.n, real.n)) <= len(fakes.mu):
-        remarks.append(f"a covariance of {len(fakes.mu)} features needs more than {fewest:,} images: FID means little")
-    if samples.num_constant:
-        remarks.append(f"{samples.num_constant:,} of {fakes.n:,} samples are of a single colour")
-    return {
-        "step": subject.step,
-        "scores": scores,
-        "not_official_because": reasons,
-        "remarks": remarks,
-        "protocol": protocol,
-    }
-
-
-def _provenance(subject: Subject, reference_path: Path, world: World, seconds: float) -> dict[str, Any]:
+def provenance_of(world: World) -> dict[str, Any]:
+    """Returns what made a result: versions, device, precision, processes, commit."""
     cuda = world.device.type == "cuda"
     commit, dirty = tracking.git_state()
     return {
-        "checkpoint": str(subject.checkpoint),
-        "checkpoint_sha256": subject.checkpoint_sha256,
-        "ema_sha256": subject.ema_sha256,
-        "reference_file": str(reference_path),
-        "reference_sha256": hashlib.sha256(reference_path.read_bytes()).hexdigest(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy")},
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "tf32": {
@@ -321,25 +446,29 @@ def _provenance(subject: Subject, reference_path: Path, world: World, seconds: f
         "world_size": world.size,
         "git_commit": commit,
         "git_dirty": dirty,
-        "wall_seconds": round(seconds, 1),
     }
 
 
-def describe(result: dict[str, Any], path: Path) -> str:
+def describe(result: Result, path: Path) -> str:
     """Returns a result in words: the scores, why they are not the official ones, where the file is."""
     protocol, real = result["protocol"], result["protocol"]["reference"]
+    what = {"ema": "samples of the EMA generator", "raw": "samples of the raw generator", "none": "real images"}
     lines = [
-        f"step {result['step']:,}: {protocol['num_images']:,} samples of the EMA generator against the "
+        f"step {result['step']:,}: {protocol['num_images']:,} {what[protocol['weights']]} against the "
         f"{real['num_images']:,} images of {real['dataset']} ({real['split']}), {protocol['extractor']} features"
     ]
+    if "error" in result:
+        return "\n".join([*lines, f"  no scores: {result['error']}", f"result: {path}"])
     width = max(len(name) for name in result["scores"])
     lines += [f"  {name:<{width}}  {score:.4f}" for name, score in result["scores"].items()]
+    for point in result.get("truncation_curve", ()):
+        lines += ["  truncation " + ", ".join(f"{name} {value:.4g}" for name, value in point.items() if value)]
     lines += [f"not official: {reason}" for reason in result["not_official_because"]]
     lines += [f"note: {remark}" for remark in result["remarks"]]
     return "\n".join([*lines, f"result: {path}"])
 
 
-def _compute_exactly(device: torch.device) -> None:
+def compute_exactly(device: torch.device) -> None:
     """Turns off what trades digits or repeatability for speed: TF32, and the search for the fastest convolution."""
     configure_determinism(True, device)
     torch.backends.cuda.matmul.fp32_precision = "ieee"

@@ -1,12 +1,16 @@
 """Random draws as pure functions of what they are for, so that no RNG state needs saving and no world size matters."""
 
 import hashlib
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Purpose = Literal["d_z", "d_labels", "g_z", "g_labels", "grid_z", "eval_z", "eval_labels"]
+Purpose = Literal[
+    "d_z", "d_labels", "g_z", "g_labels", "grid_z", "eval_z", "eval_labels", "eval_standing_z", "eval_standing_labels",
+    "eval_class_z",
+]  # fmt: skip
 
 
 def _generator(seed: int, purpose: Purpose, step: int, index: int, attempt: int) -> torch.Generator:
@@ -28,6 +32,20 @@ def draw_z(seed: int, purpose: Purpose, step: int, index: int, num_images: int, 
         attempt: how often this step was gone back on, so that other noise is drawn.
     """
     return torch.randn(num_images, z_dim, generator=_generator(seed, purpose, step, index, attempt))
+
+
+def draw_truncated_z(
+    seed: int, purpose: Purpose, step: int, index: int, num_images: int, z_dim: int, threshold: float
+) -> Tensor:
+    """Returns z ~ N(0, 1) given |z| < threshold for each number, (num_images, z_dim) float32 on the CPU.
+
+    The truncation trick of BigGAN (arXiv 1809.11096, section 3.1), by the inverse of the distribution function.
+    """
+    uniform = torch.rand(
+        num_images, z_dim, dtype=torch.float64, generator=_generator(seed, purpose, step, index, attempt=0)
+    )
+    z = math.sqrt(2) * torch.erfinv((2 * uniform - 1) * math.erf(threshold / math.sqrt(2)))
+    return z.clamp(-threshold, threshold).float()
 
 
 def draw_labels(

@@ -1,72 +1,34 @@
 """What generated images are compared with: mean and covariance of a whole shard set's features, made once and kept.
 
-A file holds `mu` and `sigma` (float64), `n` and `protocol_json`, so that other FID programs read it too. Its name tells
-its protocol: another set, extractor or image size is another file.
+A file holds `mu` and `sigma` (float64), `n`, `protocol_json` and a part of the features, so that other FID programs
+read it too. Its name tells its protocol: another set, extractor or image size is another file.
 """
 
 import hashlib
 import io
 import json
+import secrets
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import Tensor
 
 from pipeline import images
-from pipeline.bar import Bar
 from pipeline.block_cache import BlockCache
 from pipeline.config import Config
-from pipeline.features import EvaluationError, Extractor, Float64
+from pipeline.feature_pass import Sink, Statistics, on_rank_0, see, spread
+from pipeline.features import EvaluationError, Extractor
 from pipeline.loader import read_in_order
 from pipeline.manifest import ShardSet
 from pipeline.shard_file import write_file
 from pipeline.world import World
 
-FORMAT = 1
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Features in summary: how many, their mean, their covariance."""
-
-    n: int
-    mu: Float64  # (D,)
-    sigma: Float64  # (D, D), divided by n - 1
-
-
-class Moments:
-    """Sums of features and of their products, in float64, from which mean and covariance follow.
-
-    Args:
-        num_features: D.
-        device: where the features come from.
-    """
-
-    def __init__(self, num_features: int, device: torch.device):
-        self._n = 0
-        self._sums = torch.zeros(num_features + 1, num_features, dtype=torch.float64, device=device)
-
-    def add(self, features: Tensor) -> None:
-        """Adds features (N, D)."""
-        rows = features.double()
-        self._n += len(rows)
-        self._sums[0] += rows.sum(0)
-        self._sums[1:] += rows.T @ rows
-
-    def reduce(self, world: World) -> Statistics:
-        """Returns the statistics of what all ranks have added."""
-        n = sum(world.gather(self._n))
-        sums = (world.mean(self._sums.clone()) * world.size).cpu().numpy()
-        mu = sums[0] / n
-        return Statistics(n, mu, (sums[1:] - n * np.outer(mu, mu)) / (n - 1))
+FORMAT = 2
 
 
 def protocol_of(shard_set: ShardSet, extractor: Extractor, image_size: int) -> dict[str, Any]:
@@ -97,7 +59,7 @@ def obtain(shard_set: ShardSet, extractor: Extractor, config: Config, world: Wor
     """
     protocol = protocol_of(shard_set, extractor, config.model.resolution)
     path = path_of(protocol, shard_set.location, config.evaluation.reference_dir)
-    found = on_rank_0(world, lambda: _look_up(path, protocol))
+    found = on_rank_0(world, lambda: look_up(path, protocol))
     if found is None:
         found = compute(shard_set, extractor, config, world)
         if world.is_main:
@@ -117,8 +79,12 @@ def path_of(protocol: dict[str, Any], location: str, reference_dir: str | None) 
     return directory / f"{protocol['extractor']}-{protocol['image_size']}px-{key[:16]}.npz"
 
 
-def _look_up(path: Path, protocol: dict[str, Any]) -> Statistics | None:
-    """Reads the statistics if they are there; else makes sure that hours of work will have a place to go to."""
+def look_up(path: Path, protocol: dict[str, Any]) -> Statistics | None:
+    """Reads the statistics if they are there; else makes sure that hours of work will have a place to go to.
+
+    Raises:
+        EvaluationError: the file is damaged, or its directory cannot be written.
+    """
     if path.exists():
         return read(path, protocol)
     probe = path.with_suffix(".probe")
@@ -138,12 +104,12 @@ def read(path: Path, protocol: dict[str, Any]) -> Statistics:
     """Reads statistics.
 
     Raises:
-        EvaluationError: the file is damaged, or was made by another protocol than its name says.
+        EvaluationError: the file is damaged or of another protocol than its name says.
     """
     way_out = f"remove {path}, and it will be computed again"
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            found = Statistics(int(file["n"]), file["mu"], file["sigma"])
+            found = Statistics(int(file["n"]), file["mu"], file["sigma"], file["features"])
             made_by = json.loads(str(file["protocol_json"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(f"reference statistics {path} cannot be read ({error}); {way_out}") from error
@@ -156,14 +122,24 @@ def read(path: Path, protocol: dict[str, Any]) -> Statistics:
 
 def write(path: Path, statistics: Statistics, protocol: dict[str, Any]) -> None:
     """Writes statistics, whole or not at all."""
+    assert statistics.kept is not None
     file = io.BytesIO()
     n, text = np.array(statistics.n), np.array(json.dumps(protocol))
-    np.savez(file, mu=statistics.mu, sigma=statistics.sigma, n=n, protocol_json=text)
+    np.savez(file, mu=statistics.mu, sigma=statistics.sigma, n=n, protocol_json=text, features=statistics.kept)
     write_file(path, file.getvalue())
 
 
-def compute(shard_set: ShardSet, extractor: Extractor, config: Config, world: World) -> Statistics:
+def compute(
+    shard_set: ShardSet, extractor: Extractor, config: Config, world: World, sink: Sink | None = None
+) -> Statistics:
     """Passes each sample of the set through the extractor once, over all ranks.
+
+    Args:
+        shard_set: the set.
+        extractor: the same on every rank.
+        config: of the run.
+        world: the ranks.
+        sink: takes the number of a batch's first sample and its features.
 
     Raises:
         ShardSetError: damaged data.
@@ -173,43 +149,115 @@ def compute(shard_set: ShardSet, extractor: Extractor, config: Config, world: Wo
     # Fixed batches, so that features do not depend on the world size; contiguous shares, so that ranks share no block.
     starts = range(0, num_samples, size)
     mine = starts[len(starts) * world.rank // world.size : len(starts) * (world.rank + 1) // world.size]
-    batches = [range(start, min(start + size, num_samples)) for start in mine]
-    moments = Moments(extractor.num_features, world.device)
-    with progress(world, num_samples, "reference statistics") as advance:
-        cache = BlockCache(config.data.cache_dir, config.data.cache_bytes)
-        for pixels in read_in_order(shard_set, config.model.resolution, batches, config.data.num_workers, cache):
-            moments.add(extractor(pixels.to(world.device))[0])
-            advance(len(pixels))
-    statistics = moments.reduce(world)
-    if statistics.n != num_samples:
-        raise EvaluationError(
-            f"{statistics.n:,} of the {num_samples:,} images of {shard_set.location} were read; "
-            f"`python launch/shards.py verify {shard_set.location}` lists what is wrong with the set"
-        )
-    return statistics
+    blocks = read_blocks(shard_set, [range(start, min(start + size, num_samples)) for start in mine], config)
+    what = "reference statistics"
+    return see(blocks, spread(num_samples), extractor, world, what, with_logits=False, sink=sink).statistics
 
 
-def on_rank_0(world: World, work: Callable[[], T]) -> T:
-    """Does work on rank 0 alone; its result, or its error, is every rank's."""
-    result: T | Exception | None = None
-    if world.is_main:
+def read_blocks(shard_set: ShardSet, batches: list[range], config: Config) -> Iterator[tuple[int, Tensor]]:
+    """Yields the number of the first image and the images, (n, 3, R, R) uint8, of each batch of a set."""
+    cache = BlockCache(config.data.cache_dir, config.data.cache_bytes)
+    found = read_in_order(shard_set, config.model.resolution, batches, config.data.num_workers, cache)
+    for batch, pixels in zip(batches, found, strict=True):
+        yield batch.start, pixels
+
+
+def obtain_features(shard_set: ShardSet, extractor: Extractor, config: Config, world: World) -> npt.NDArray[np.float32]:
+    """Returns the features of every sample of a set, (N, D), mapped from a file beside its statistics.
+
+    Computes them if they are not there yet: 8 KB per sample with Inception. Every rank must see the directory.
+
+    Raises:
+        EvaluationError: another node does not see the file.
+        ShardSetError: damaged data.
+    """
+    protocol = protocol_of(shard_set, extractor, config.model.resolution)
+    path = path_of(protocol, shard_set.location, config.evaluation.reference_dir).with_suffix(".features.npy")
+    shape = shard_set.index.num_samples, extractor.num_features
+    if not world.broadcast(path.exists()):
+        partial = world.broadcast(path.with_suffix(f".{secrets.token_hex(4)}.partial"))
+        on_rank_0(world, lambda: _allocate(partial, shape))
+        _check_seen_by_all(partial, world)
+        rows = np.load(partial, mmap_mode="r+")
+
+        def keep(start: int, features: Tensor) -> None:
+            rows[start : start + len(features)] = features.cpu().numpy()
+
         try:
-            result = work()
-        except Exception as error:  # raised again below, on all ranks
-            result = error
-    result = world.broadcast(result)
-    if isinstance(result, Exception):
-        raise result
-    return result  # type: ignore[return-value]  # None only if that is the result
+            compute(shard_set, extractor, config, world, keep)
+            rows.flush()
+            world.barrier()
+            on_rank_0(world, lambda: partial.rename(path))
+        finally:
+            partial.unlink(missing_ok=True)
+    _check_seen_by_all(path, world)
+    found: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
+    if found.shape != shape:
+        raise EvaluationError(f"{path} holds features of shape {found.shape}, expected {shape}; remove it")
+    return found
 
 
-@contextmanager
-def progress(world: World, total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Yields what each rank calls with the number of images it has just done; rank 0 shows a bar of all ranks' work."""
-    with Bar(total, what, "images") if world.is_main else nullcontext() as bar:
+def _allocate(path: Path, shape: tuple[int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
 
-        def advance(count: int) -> None:
-            if bar is not None:
-                bar.update(min(count * world.size, total - bar.n))
 
-        yield advance
+def _check_seen_by_all(path: Path, world: World) -> None:
+    if blind := [rank for rank, seen in enumerate(world.gather(path.exists())) if not seen]:
+        raise EvaluationError(
+            f"{path} is not seen by the processes {blind}; name a directory that every node sees with "
+            "evaluation.reference_dir=DIR"
+        )
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Statistics that another program made, or this one for another purpose."""
+
+    statistics: Statistics
+    sha256: str  # of the file
+    warning: str | None  # why a score against it may mean nothing
+
+
+def read_foreign(path: Path, extractor: Extractor, expected: dict[str, Any]) -> Foreign:
+    """Reads an npz file with `mu` and `sigma`, as pytorch-fid, StudioGAN, BigGAN-PyTorch and ADM write them.
+
+    Args:
+        path: the file.
+        extractor: that the samples pass through.
+        expected: protocol of the training set's statistics.
+
+    Raises:
+        EvaluationError: the file cannot be read, is of another number of features, or says that its images or features
+            were made differently: such numbers must not be compared.
+    """
+    try:
+        data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+            n = int(file["n"]) if "n" in file else 0
+            protocol = json.loads(str(file["protocol_json"])) if "protocol_json" in file else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(
+            f"evaluation.reference_file={path} cannot be read ({error}); it must be an npz file with mu and sigma"
+        ) from error
+    size = extractor.num_features
+    if mu.shape != (size,) or sigma.shape != (size, size):
+        raise EvaluationError(
+            f"evaluation.reference_file={path} holds mu {mu.shape} and sigma {sigma.shape}, but {extractor.name} makes "
+            f"{size} features; give statistics of the same extractor"
+        )
+    warning = None
+    if protocol is None:
+        warning = f"{path} does not say how it was made: a score against it may compare with nothing"
+    elif different := [
+        f"  {key}: {protocol.get(key)} in the file, {expected[key]} here"
+        for key in ("image_size", "crop", "interpolation", "extractor", "extractor_sha256")
+        if protocol.get(key) != expected[key]
+    ]:
+        lines = "\n".join(different)
+        raise EvaluationError(
+            f"evaluation.reference_file={path} was made by another protocol, so its numbers must not be compared:\n"
+            f"{lines}\nleave it out, or give statistics made the same way"
+        )
+    return Foreign(Statistics(n, mu, sigma), hashlib.sha256(data).hexdigest(), warning)

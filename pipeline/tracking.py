@@ -4,6 +4,7 @@ RUN/journal.jsonl holds every point, RUN/journals/ what is not the trainer's or 
 to MLflow in a process of its own, so that nothing here waits for a server or imports MLflow.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -139,14 +142,30 @@ def log_evaluation(
     files: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Records an evaluation in the training's MLflow run, whether that is over, under way elsewhere, or never told.
+    """Records an evaluation, as `record_evaluation` does, and sends it with whatever is still unsent.
 
-    Whatever is still unsent from before is sent too. A (metric, step) or file that was recorded before is not recorded
-    again. A server that is away costs one line and a minute at most; the next evaluation or start sends the rest.
+    A server that is away costs one line and a minute at most; the next evaluation or start sends the rest.
+
+    Raises:
+        JournalError: a journal of the run is damaged.
+    """
+    record_evaluation(run_dir, step, metrics, files, tags)
+    send_unsent(config, run_dir)
+
+
+def record_evaluation(
+    run_dir: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    files: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Journals an evaluation for the training's MLflow run, whether that is over, under way elsewhere, or never told.
+
+    A (metric, step) or file that was recorded before is not recorded again. Several evaluators may do so at once.
 
     Args:
-        config: of the run.
-        run_dir: its directory.
+        run_dir: the run's directory.
         step: of the checkpoint that was evaluated.
         metrics: by name, such as `eval/fid`.
         files: copied to the run's artifacts, folder `evaluation/step-00001000`.
@@ -155,21 +174,45 @@ def log_evaluation(
     Raises:
         JournalError: a journal of the run is damaged.
     """
-    folder = f"evaluation/step-{step:08d}"
-    with Journal(run_dir / "journals" / f"evaluation-{step:08d}.jsonl") as journal:
-        for name, before in _recorded_metrics(journal.path).items():
-            if name in metrics and str(float(metrics[name])) != str(before):
-                _say(f"tracking: {name} of step {step} is on record as {before}; {metrics[name]} is not added")
-        journal.log(step, metrics, tags=tags)
-    with Journal(run_dir / "journals" / f"files-evaluation-{step:08d}.jsonl") as journal:
-        journal.log(step, files={_inside(path, run_dir): folder for path in files})
-    send_unsent(config, run_dir)
+    folder, journals = f"evaluation/step-{step:08d}", run_dir / "journals"
+    journals.mkdir(parents=True, exist_ok=True)
+    with (journals / "evaluation.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a journal has one writer at a time; let go when the file is closed
+        with Journal(journals / f"evaluation-{step:08d}.jsonl") as journal:
+            for name, before in _recorded_metrics(journal.path).items():
+                if name in metrics and str(float(metrics[name])) != str(before):
+                    _say(f"tracking: {name} of step {step} is on record as {before}; {metrics[name]} is not added")
+            journal.log(step, metrics, tags=tags)
+        with Journal(journals / f"files-evaluation-{step:08d}.jsonl") as journal:
+            journal.log(step, files={_inside(path, run_dir): folder for path in files})
 
 
 def send_unsent(config: Config, run_dir: Path) -> None:
     """Sends what earlier processes of the run could not; says so when something remains. Takes a minute at most."""
     if config.tracking.enabled:
         _finish(_start_sender(_destination(config.tracking, run_dir)), run_dir, _CLOSE_SECONDS)
+
+
+def check_store(config: Config, run_dir: Path) -> str:
+    """Returns where an evaluation would be recorded, having tried whether that answers; changes nothing.
+
+    Raises:
+        OSError: no answer from the server.
+    """
+    uri, chosen_by = _choose_uri(config.tracking, run_dir)
+    if uri is None or not uri.startswith(("http:", "https:")):
+        return f"{_without_password(uri) if uri else run_dir.parent / 'mlflow.db'} ({chosen_by})"
+    shown = _without_password(uri)
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+            return f"{shown} answers ({chosen_by})"
+    except urllib.error.HTTPError as error:  # there is a server; it may want a password for this page
+        return f"{shown} answers {error.code} ({chosen_by})"
+    except OSError as error:
+        raise OSError(
+            f"{shown} ({chosen_by}) does not answer: {error}; results stay in the run directory, "
+            "--sync sends them later"
+        ) from error
 
 
 def _start_record(config: Config, facts: RunFacts, starts: Sequence[Record]) -> Record:

@@ -4,7 +4,7 @@ import importlib.metadata
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import checkpoint, sampling
+from pipeline import checkpoint, results, sampling, snapshots
 from pipeline.backend import Player
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
@@ -162,12 +162,15 @@ class Trainer:
             stopping = agreement.result()
             last = self.step == train.steps or stopping
             log, save = self._due(train.log_every_steps, last), self._due(train.checkpoint_every_steps, last)
-            if (log or save) and self._find_trouble():
+            snapshot = self._is_snapshot_due()
+            if (log or save or snapshot) and self._find_trouble():
                 return False
             if log:
                 self._log()
             if self._due(train.sample_every_steps, self.step == train.steps):
                 self._sample()  # before the checkpoint: a resume from it makes no earlier pictures
+            if snapshot:
+                self._snapshot()  # and no earlier snapshots
             if save:
                 self._save()
             if stopping and self.step < train.steps:
@@ -256,12 +259,24 @@ class Trainer:
         networks = self._networks()
         self._compare_replicas(networks)
         optimizers = {player.name: player.optimizer_state() for player in (self.generator, self.discriminator)}
+
+        def save() -> None:
+            path = checkpoint.save(self.config.run_dir, self._state(), networks, optimizers)
+            checkpoint.prune(self.config.run_dir, self.config.train.keep_checkpoints, self._best_step())
+            self.progress.say(f"checkpoint {path} in {time.perf_counter() - started:.1f} s")
+
+        self._on_rank_0(save)
+
+    def _snapshot(self) -> None:
+        networks = {"ema": self.ema.module.state_dict(), "generator": self.generator.module.state_dict()}
+        self._on_rank_0(lambda: snapshots.save(self.config.run_dir, self._state(), networks))
+
+    def _on_rank_0(self, save: Callable[[], object]) -> None:
+        """Writes on rank 0; what goes wrong there stops every rank."""
         error = ""
         if self.world.is_main:
             try:
-                path = checkpoint.save(self.config.run_dir, self._state(), networks, optimizers)
-                checkpoint.prune(self.config.run_dir, self.config.train.keep_checkpoints)
-                self.progress.say(f"checkpoint {path} in {time.perf_counter() - started:.1f} s")
+                save()
             except CheckpointError as failure:
                 error = str(failure)
         if error := self.world.broadcast(error):
@@ -275,6 +290,14 @@ class Trainer:
             f"stopped by {reason} at step {self.step}, checkpoint published {seconds:.1f} s after the signal; "
             "the same command again goes on"
         )
+
+    def _best_step(self) -> int | None:
+        """Returns the step of the best FID if an evaluation has told; a damaged result file stops no training."""
+        try:
+            return results.best_step(self.config.run_dir)
+        except ValueError as error:
+            self.progress.say(f"the best checkpoint is not known: {error}")
+            return None
 
     def _sample(self) -> None:
         if self.world.is_main:
@@ -410,6 +433,10 @@ class Trainer:
 
     def _due(self, every_steps: int, last: bool) -> bool:
         return last or self.step % every_steps == 0
+
+    def _is_snapshot_due(self) -> bool:
+        every_steps = self.config.evaluation.every_steps
+        return every_steps is not None and (self.step % every_steps == 0 or self.step == self.config.train.steps)
 
     def _facts(self) -> RunFacts:
         hostnames = tuple(dict.fromkeys(self.world.gather(socket.gethostname())))

@@ -1,10 +1,14 @@
+import csv
+import hashlib
 import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,13 +20,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from launch import evaluate
-from pipeline import checkpoint, evaluation, features, shards, sources
+from pipeline import checkpoint, evaluation, features, generated, journal, real, shards, snapshots, sources, subject
 from pipeline.checkpoint import TrainerState
 from pipeline.config import config_from_dict, to_dict, to_yaml
 from pipeline.manifest import open_shard_set
 from pipeline.networks import build_generator
 
-SMOKE = ("evaluation.features=random", "evaluation.num_images=40", "evaluation.batch_size=16")
+SMOKE = (
+    "evaluation.features=random", "evaluation.num_images=40", "evaluation.batch_size=16",
+    "evaluation.kid_subset_size=20",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def launch(monkeypatch, *arguments) -> int:
 
 def fails(monkeypatch, capsys, *arguments) -> str:
     """The message of an evaluation that must end before its first sample."""
-    with patch.object(evaluation, "sample_block", side_effect=AssertionError("a sample was made")):
+    with patch.object(generated, "sample_block", side_effect=AssertionError("a sample was made")):
         assert launch(monkeypatch, *arguments) == 1
     return capsys.readouterr().err
 
@@ -84,7 +91,8 @@ def test_a_smoke_run_leaves_a_result_that_says_how_it_came_about(run_dir, shard_
     result, shown = result_of(run_dir), capsys.readouterr().out
     assert set(result["scores"]) == {
         "fid_random_features", "inception_score_mean_random_features", "inception_score_std_random_features",
-        "inception_score_single_split_random_features",
+        "inception_score_single_split_random_features", "kid_mean_random_features", "kid_std_random_features",
+        "precision_random_features", "recall_random_features",
     }  # fmt: skip
     for name, score in result["scores"].items():
         assert np.isfinite(score)
@@ -95,7 +103,7 @@ def test_a_smoke_run_leaves_a_result_that_says_how_it_came_about(run_dir, shard_
     assert len(result["not_official_because"]) == 2
     provenance = result["provenance"]
     ema = run_dir / "checkpoints" / "step-00000003" / "ema.safetensors"
-    assert provenance["ema_sha256"] == json.loads((ema.parent / "manifest.json").read_text())["sha256"][ema.name]
+    assert provenance["weights_sha256"] == json.loads((ema.parent / "manifest.json").read_text())["sha256"][ema.name]
     [reference] = (shard_copy / "reference").iterdir()
     assert provenance["reference_file"] == str(reference)
     assert provenance["world_size"] == 1
@@ -106,7 +114,7 @@ def test_the_same_command_again_shows_the_result_and_makes_nothing(run_dir, monk
     assert launch(monkeypatch, run_dir, *SMOKE) == 0
     first, [path] = capsys.readouterr(), (run_dir / "evaluations").rglob("*.json")
     before = path.stat().st_mtime_ns
-    with patch.object(evaluation, "sample_block", side_effect=AssertionError("a sample was made")):
+    with patch.object(generated, "sample_block", side_effect=AssertionError("a sample was made")):
         assert launch(monkeypatch, run_dir, *SMOKE) == 0
     again = capsys.readouterr()
     assert again.out == first.out
@@ -197,14 +205,15 @@ def test_a_training_set_that_was_moved(run_dir, shard_copy, tmp_path, monkeypatc
 def test_without_weights_the_message_comes_before_any_sample(run_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(features, "WEIGHTS_URL", (tmp_path / "absent.pth").as_uri())
-    message = fails(monkeypatch, capsys, run_dir)
+    message = fails(monkeypatch, capsys, run_dir, "evaluation.kid_subset_size=20")
     assert str(tmp_path / "hub" / "hub" / "checkpoints") in message
     assert "evaluation.inception_weights=PATH" in message
 
 
 def test_weights_of_a_wrong_hash(run_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "weights.pth").write_bytes(b"something else")
-    message = fails(monkeypatch, capsys, run_dir, f"evaluation.inception_weights={tmp_path / 'weights.pth'}")
+    weights = f"evaluation.inception_weights={tmp_path / 'weights.pth'}"
+    message = fails(monkeypatch, capsys, run_dir, weights, "evaluation.kid_subset_size=20")
     assert "that of the published Inception weights begins with 6726825d" in message
 
 
@@ -263,15 +272,18 @@ def test_scores_are_those_of_calculate_metrics_with_1_and_2_processes(tiny_shard
     random_inception_weights(weights, reals)
     arguments = (
         "evaluation.num_images=20", "evaluation.batch_size=8", "evaluation.allow_unofficial_weights=true",
-        f"evaluation.inception_weights={weights}",
+        "evaluation.kid_subset_size=12", f"evaluation.inception_weights={weights}",
     )  # fmt: skip
 
     alone = make_run(tmp_path / "runs" / "alone", shard_dir)
     config = evaluate._read_config(alone, list(arguments))
-    generator = evaluation._generator(evaluation.find_subject(alone, config), config, torch.device("cpu"))
-    fakes = torch.cat([evaluation.sample_block(generator, config, block, torch.device("cpu")) for block in range(3)])
+    [path] = subject.choose(alone, "newest", config)
+    chosen = subject.read(path, config, open_shard_set(str(shard_dir)))
+    generator = generated.load(chosen.tensors, config, torch.device("cpu"))
+    fakes = torch.cat([generated.sample_block(generator, config, block, torch.device("cpu")) for block in range(3)])
     expected = torch_fidelity.calculate_metrics(
-        input1=Images(fakes), input2=Images(reals), isc=True, fid=True, feature_extractor="inception-v3-compat",
+        input1=Images(fakes), input2=Images(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=12,
+        feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights), cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         batch_size=20,
     )  # fmt: skip
@@ -290,3 +302,240 @@ def test_scores_are_those_of_calculate_metrics_with_1_and_2_processes(tiny_shard
         mean = expected["inception_score_mean"]
         assert found["inception_score_mean"] == pytest.approx(mean, rel=1e-6)
         assert found["inception_score_std"] == pytest.approx(expected["inception_score_std"], abs=1e-6 * mean)
+        assert found["kid_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
+        assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
+
+
+def save_snapshot(run_dir: Path, config, step: int, **changes) -> Path:
+    """A snapshot of seeded weights; `changes` are filled into all their values."""
+    torch.manual_seed(100 + step)
+    ema = build_generator(config).state_dict()
+    if "fill" in changes:
+        ema = {
+            name: value.fill_(changes["fill"]) if value.is_floating_point() else value for name, value in ema.items()
+        }
+    dataset_id = open_shard_set(config.data.shards).dataset_id
+    torch.manual_seed(200 + step)
+    networks = {"ema": ema, "generator": build_generator(config).state_dict()}
+    state = TrainerState(step, 6 * step, step, 1, dataset_id, 1, to_dict(config), {})
+    return snapshots.save(run_dir, state, networks)
+
+
+def scored_steps(run_dir: Path) -> list[int]:
+    return sorted(json.loads(path.read_text())["step"] for path in (run_dir / "evaluations").rglob("*.json"))
+
+
+@pytest.fixture
+def run_of_snapshots(run_dir) -> Path:
+    """A checkpoint at step 3, snapshots at 2, 4 and 6."""
+    for step in (2, 4, 6):
+        save_snapshot(run_dir, evaluate._read_config(run_dir, []), step)
+    return run_dir
+
+
+@pytest.mark.parametrize(("which", "steps"), [("newest", [6]), ("all", [2, 3, 4, 6]), ("4", [4]), ("3", [3])])
+def test_what_is_scored_can_be_chosen(run_of_snapshots, monkeypatch, which, steps):
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", which, *SMOKE) == 0
+    assert scored_steps(run_of_snapshots) == steps
+
+
+def test_the_best_is_that_of_the_lowest_fid(run_of_snapshots, monkeypatch, capsys):
+    assert "holds no FID yet" in fails(monkeypatch, capsys, run_of_snapshots, "--checkpoint", "best", *SMOKE)
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "all", *SMOKE) == 0
+    found = [json.loads(path.read_text()) for path in (run_of_snapshots / "evaluations").rglob("*.json")]
+    best = min(found, key=lambda result: result["scores"]["fid_random_features"])["step"]
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "best", *SMOKE, "evaluation.seed=1") == 0
+    [again] = [
+        result
+        for path in (run_of_snapshots / "evaluations").rglob("*.json")
+        if (result := json.loads(path.read_text()))["protocol"]["seed"] == 1
+    ]
+    assert again["step"] == best
+
+
+def test_a_step_that_is_not_there(run_of_snapshots, monkeypatch, capsys):
+    message = fails(monkeypatch, capsys, run_of_snapshots, "--checkpoint", "5", *SMOKE)
+    assert "the steps there are 2, 3, 4, 6" in message
+
+
+def test_raw_weights_have_a_result_and_names_of_their_own(run_of_snapshots, monkeypatch):
+    assert launch(monkeypatch, run_of_snapshots, *SMOKE, "evaluation.weights=raw") == 0
+    result = result_of(run_of_snapshots)
+    assert "fid_random_features_raw" in result["scores"]
+    raw = run_of_snapshots / "snapshots" / "step-00000006" / "generator.safetensors"
+    assert result["provenance"]["weights_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
+
+
+def test_broken_weights_are_on_record_and_stop_no_others(run_of_snapshots, monkeypatch, capsys):
+    save_snapshot(run_of_snapshots, evaluate._read_config(run_of_snapshots, []), 8, fill=float("nan"))
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "all", *SMOKE) == 1
+    assert "16 of 16 hold non-finite values" in capsys.readouterr().err
+    assert scored_steps(run_of_snapshots) == [2, 3, 4, 6, 8]
+    with patch.object(generated, "sample_block", side_effect=AssertionError("a sample was made")):
+        assert "hold non-finite values" in fails(monkeypatch, capsys, run_of_snapshots, *SMOKE)
+
+
+def test_a_generator_of_constant_images(run_dir, monkeypatch, capsys):
+    paint_grey = patch.object(generated, "build_generator", return_value=Grey())
+    with paint_grey, patch.object(Grey, "load_state_dict"):
+        assert launch(monkeypatch, run_dir, *SMOKE) == 1
+    assert "are of a single colour: the generator has collapsed" in capsys.readouterr().err
+
+
+class Grey(nn.Module):
+    def forward(self, z, labels):
+        return torch.zeros(len(z), 3, 16, 16)
+
+
+def test_watching_scores_each_snapshot_once_and_ends_with_the_training(run_of_snapshots, monkeypatch):
+    """Snapshots come while it watches; the last one together with DONE."""
+    config, made = evaluate._read_config(run_of_snapshots, []), []
+
+    def training_goes_on(seconds):
+        step = 8 + len(made)
+        made.append(save_snapshot(run_of_snapshots, config, step))
+        (run_of_snapshots / "DONE").write_text(f"{step}\n")  # 8 is less than train.steps, 9 is not
+
+    clock = SimpleNamespace(sleep=training_goes_on, perf_counter=time.perf_counter)
+    monkeypatch.setattr(evaluation, "time", clock)
+    make_samples = generated.make_samples
+    with patch.object(generated, "make_samples", side_effect=make_samples) as counted:
+        assert launch(monkeypatch, run_of_snapshots, "--watch", *SMOKE) == 0
+    assert scored_steps(run_of_snapshots) == [2, 4, 6, 8, 9]
+    assert counted.call_count == 5
+    with patch.object(generated, "sample_block", side_effect=AssertionError("a sample was made")):
+        assert launch(monkeypatch, run_of_snapshots, "--watch", *SMOKE) == 0
+
+
+def test_watching_until_a_step(run_of_snapshots, monkeypatch):
+    assert launch(monkeypatch, run_of_snapshots, "--watch", "--until-step", 4, *SMOKE) == 0
+    assert scored_steps(run_of_snapshots) == [2, 4]
+
+
+def test_what_is_pruned_meanwhile_is_passed_over(run_of_snapshots, monkeypatch, capsys):
+    read = subject.read
+
+    def prune_and_read(path, *arguments):
+        if checkpoint.step_of(path) == 3:
+            shutil.rmtree(path)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(subject, "read", prune_and_read)
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "all", *SMOKE) == 0
+    assert "passed over: " in capsys.readouterr().err
+    assert scored_steps(run_of_snapshots) == [2, 4, 6]
+
+
+def test_a_snapshot_that_was_replaced_is_scored_again(run_of_snapshots, monkeypatch):
+    """As after a rollback, whose steps draw other noise."""
+    config = evaluate._read_config(run_of_snapshots, [])
+    assert launch(monkeypatch, run_of_snapshots, "--watch", "--until-step", 4, *SMOKE) == 0
+    save_snapshot(run_of_snapshots, config, 4, fill=0.01)
+    launch(monkeypatch, run_of_snapshots, "--watch", "--until-step", 4, *SMOKE)
+    assert scored_steps(run_of_snapshots) == [2, 4, 4]
+
+
+def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys):
+    """The result that a kill left untold is told too."""
+    with patch.object(evaluation.tracking, "log_evaluation"):
+        assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "all", *SMOKE) == 0
+    assert launch(monkeypatch, run_of_snapshots, "--sync", "tracking.enabled=false") == 0
+    assert "4 results" in capsys.readouterr().out
+    records = [
+        record
+        for path in (run_of_snapshots / "journals").glob("evaluation-*.jsonl")
+        for record in journal.read_records(path)[0]
+    ]
+    assert sorted(record["step"] for record in records) == [2, 3, 4, 6]
+
+
+def test_the_truncation_curve_has_a_table_and_a_plot(run_dir, monkeypatch, capsys):
+    assert launch(monkeypatch, run_dir, *SMOKE, "evaluation.truncations=[0.5,2.0]") == 0
+    curve = result_of(run_dir)["truncation_curve"]
+    assert [point["truncation"] for point in curve] == [0.5, 2.0]
+    assert all(np.isfinite(list(point.values())).all() for point in curve)
+    [plot] = (run_dir / "evaluations").rglob("*-truncation.png")
+    with Image.open(plot) as image:
+        assert image.width > 400
+    assert "truncation 0.5" in capsys.readouterr().out
+
+
+def test_each_class_has_a_score_of_its_own(run_dir, monkeypatch):
+    assert launch(monkeypatch, run_dir, *SMOKE, "evaluation.intra_class_images=10") == 0
+    [table] = (run_dir / "evaluations").rglob("*-classes.csv")
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {(row["name"], row["num_real"]) for row in rows} == {("circle", "30"), ("square", "30"), ("triangle", "30")}
+    mean = np.mean([float(row["fid"]) for row in rows])
+    assert result_of(run_dir)["scores"]["intra_fid_random_features_10"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_real_images_are_scored_by_the_same_path(run_dir, shard_copy, monkeypatch, capsys):
+    """The training set against itself: FID is 0, nothing is outside the manifold."""
+    assert "evaluation.validation_shards=DIR" in fails(monkeypatch, capsys, run_dir, "--real", *SMOKE)
+    arguments = (*SMOKE, "evaluation.num_images=90", f"evaluation.validation_shards={shard_copy}")
+    assert launch(monkeypatch, run_dir, "--real", *arguments) == 0
+    [path] = (run_dir / "evaluations" / "real").glob("*.json")
+    scores = json.loads(path.read_text())["scores"]
+    assert scores["real_fid_random_features"] == pytest.approx(0, abs=1e-4)
+    assert scores["real_precision_random_features"] == scores["real_recall_random_features"] == 1
+
+
+def test_part_of_a_larger_real_set_is_each_image_at_most_once(run_dir, shard_copy, monkeypatch):
+    batches = [real._batch(block, 16, 40, block * 50 // 3) for block in range(3)]
+    taken = [number for batch in batches for number in batch]
+    assert len(set(taken)) == 40
+    assert max(taken) < 90
+    assert launch(monkeypatch, run_dir, "--real", *SMOKE, f"evaluation.validation_shards={shard_copy}") == 0
+
+
+def test_a_validation_split_and_a_foreign_file_give_one_more_fid_each(run_dir, shard_copy, monkeypatch, capsys):
+    assert launch(monkeypatch, run_dir, *SMOKE) == 0
+    [ours] = (shard_copy / "reference").glob("*.npz")
+    with np.load(ours) as file:
+        np.savez(run_dir.parent / "foreign.npz", mu=file["mu"].astype(np.float32), sigma=file["sigma"])
+    arguments = (
+        f"evaluation.validation_shards={shard_copy}",
+        f"evaluation.reference_file={run_dir.parent}/foreign.npz",
+    )
+    shutil.rmtree(run_dir / "evaluations")
+    assert launch(monkeypatch, run_dir, *SMOKE, *arguments) == 0
+    result = result_of(run_dir)
+    fid = result["scores"]["fid_random_features"]
+    assert result["scores"]["fid_validation_random_features"] == fid
+    assert result["scores"]["fid_foreign_reference_random_features"] == pytest.approx(fid, rel=1e-4)
+    assert any("does not say how it was made" in remark for remark in result["remarks"])
+
+
+def test_too_few_images_for_kid(run_dir, monkeypatch, capsys):
+    message = fails(monkeypatch, capsys, run_dir, *SMOKE, "evaluation.kid_subset_size=41")
+    assert "there are only 40 samples" in message
+
+
+def test_check_says_what_is_ready_and_changes_nothing(run_dir, monkeypatch, capsys):
+    before = sorted(run_dir.rglob("*"))
+    assert launch(monkeypatch, run_dir, "--check", *SMOKE) == 0
+    out = capsys.readouterr().out
+    for name in ("shards", "extractor", "reference", "generator", "memory", "disk", "device"):
+        assert f"ok   {name}: " in out
+    assert out.endswith("ready\n")
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_check_names_every_fault_at_once(run_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "weights.pth").write_bytes(b"something else")
+    (run_dir / "checkpoints" / "step-00000003" / "ema.safetensors").write_bytes(b"half")
+    weights = f"evaluation.inception_weights={tmp_path / 'weights.pth'}"
+    assert launch(monkeypatch, run_dir, "--check", weights, "evaluation.kid_subset_size=20") == 1
+    out = capsys.readouterr().out
+    assert "FAIL extractor: " in out
+    assert "FAIL generator: " in out
+    assert "ok   shards: " in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--until-step", 5], ["--watch", "--checkpoint", "best"], ["--watch", "--real"], ["--checkpoint", "x"]],
+)
+def test_flags_that_do_not_go_together(run_dir, monkeypatch, arguments):
+    with pytest.raises(SystemExit):
+        launch(monkeypatch, run_dir, *arguments)

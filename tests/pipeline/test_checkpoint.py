@@ -133,3 +133,10 @@ def test_digests_tell_replicas_apart():
     first, second = checkpoint.digests(here), checkpoint.digests(there)
     assert first["generator.a"] == second["generator.a"]
     assert first["generator.b"] != second["generator.b"]
+
+
+def test_pruning_keeps_the_best_by_fid_too(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_at(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=1, best_step=2)
+    assert [checkpoint.step_of(path) for path in checkpoint.published(tmp_path)] == [2, 4]

@@ -1,6 +1,9 @@
+import math
+
+import pytest
 import torch
 
-from pipeline.noise import draw_labels, draw_z, rank_micro_batches
+from pipeline.noise import draw_labels, draw_truncated_z, draw_z, rank_micro_batches
 
 
 def test_noise_is_a_function_of_what_it_is_for():
@@ -36,3 +39,14 @@ def test_a_micro_batch_holds_the_same_rows_for_every_world_size():
         parts = [rank_micro_batches(rows, 2, rank, world_size) for rank in range(world_size)]
         for index, expected in enumerate(rows.chunk(2)):
             assert torch.equal(torch.cat([part[index] for part in parts]), expected)
+
+
+def test_truncated_noise_is_a_normal_distribution_within_its_threshold():
+    """Mean square of a normal given |z| < t: 1 - 2 t phi(t) / (2 Phi(t) - 1)."""
+    for threshold in (0.5, 2.0, 40.0):
+        z = draw_truncated_z(0, "eval_z", 0, 0, 2000, 50, threshold)
+        assert z.abs().max() <= threshold
+        inside = math.erf(threshold / 2**0.5)
+        density = math.exp(-(threshold**2) / 2) / (2 * math.pi) ** 0.5
+        assert z.square().mean().item() == pytest.approx(1 - 2 * threshold * density / inside, rel=0.02)
+        assert z.mean().item() == pytest.approx(0, abs=0.02)

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline import reference
+from pipeline import feature_pass, reference
 from pipeline.config import Config, config_from_dict
+from pipeline.feature_pass import Moments
 from pipeline.features import EvaluationError, Extractor
 from pipeline.manifest import ShardSet, ShardSetError, open_shard_set
-from pipeline.reference import Moments
 from pipeline.world import World
 
 
@@ -71,10 +71,10 @@ def test_moments_of_parts_are_numpys_mean_and_covariance_of_the_whole(on_ranks):
             moments.add(rows[start : start + 7])
         return moments.reduce(world)
 
-    for statistics in on_ranks(3, work):
-        assert statistics.n == 50
-        np.testing.assert_allclose(statistics.mu, rows.double().numpy().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.sigma, np.cov(rows.double().numpy(), rowvar=False), rtol=1e-10)
+    for n, mu, sigma in on_ranks(3, work):
+        assert n == 50
+        np.testing.assert_allclose(mu, rows.double().numpy().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(rows.double().numpy(), rowvar=False), rtol=1e-10)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])  # 20: more ranks than batches
@@ -134,7 +134,7 @@ def test_a_damaged_or_foreign_file_is_no_reference(shard_set, tmp_path, damage):
     elif damage == "other protocol":
         reference.write(path, made, protocol | {"crop": "none"})
     else:
-        reference.write(path, reference.Statistics(89, made.mu, made.sigma), protocol)
+        reference.write(path, reference.Statistics(89, made.mu, made.sigma, made.kept), protocol)
     with pytest.raises(EvaluationError, match="and it will be computed again") as error:
         reference.obtain(shard_set, corners(), config, world)
     assert str(path) in str(error.value)
@@ -176,3 +176,66 @@ def test_damaged_data_is_named(shard_set, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(ShardSetError, match=r"shard-000001\.tar"):
         reference.compute(open_shard_set(str(copy)), corners(), config_for(copy), World("cpu"))
+
+
+def test_kept_features_are_those_of_a_fixed_random_part(shard_set, monkeypatch, on_ranks):
+    monkeypatch.setattr(feature_pass, "MAX_KEPT", 25)
+    config = config_for(shard_set.location)
+    everything = pixels_of(Path(shard_set.location))[:, :, ::8, ::8].reshape(90, 12).astype(np.float32)
+    for found in on_ranks(3, lambda world: reference.compute(shard_set, corners(), config, world)):
+        np.testing.assert_array_equal(found.kept, everything[feature_pass.spread(90)])
+    assert feature_pass.spread(90).sum() == 25
+
+
+def test_features_of_all_samples_are_kept_in_their_order(shard_set, tmp_path):
+    config = config_for(shard_set.location, reference_dir=str(tmp_path))
+    everything = pixels_of(Path(shard_set.location))[:, :, ::8, ::8].reshape(90, 12).astype(np.float32)
+    np.testing.assert_array_equal(reference.obtain_features(shard_set, corners(), config, World("cpu")), everything)
+    found = reference.obtain_features(shard_set, corners(network=Forbidden()), config, World("cpu"))
+    np.testing.assert_array_equal(found, everything)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A function that writes an npz file of 12 features."""
+
+    def make(**arrays) -> Path:
+        np.savez(tmp_path / "foreign.npz", **{"mu": np.zeros(12, np.float32), "sigma": np.eye(12)} | arrays)
+        return tmp_path / "foreign.npz"
+
+    return make
+
+
+def test_statistics_of_others_are_taken_with_a_warning(foreign, shard_set):
+    expected = reference.protocol_of(shard_set, corners(), 16)
+    found = reference.read_foreign(foreign(), corners(), expected)
+    assert found.statistics.mu.dtype == np.float64
+    assert "does not say how it was made" in found.warning
+
+
+def test_statistics_of_another_protocol_are_refused(foreign, shard_set):
+    expected = reference.protocol_of(shard_set, corners(), 16)
+    path = foreign(protocol_json=np.array(json.dumps(expected | {"dataset_id": "other"})))
+    assert reference.read_foreign(path, corners(), expected).warning is None
+    path = foreign(protocol_json=np.array(json.dumps(expected | {"interpolation": "bilinear"})))
+    with pytest.raises(EvaluationError, match=r"another protocol.*\n  interpolation: bilinear in the file"):
+        reference.read_foreign(path, corners(), expected)
+
+
+def test_statistics_of_another_number_of_features_are_refused(foreign, shard_set):
+    expected = reference.protocol_of(shard_set, corners(), 16)
+    with pytest.raises(EvaluationError, match=r"corners makes 12 features"):
+        reference.read_foreign(foreign(mu=np.zeros(2048)), corners(), expected)
+    with pytest.raises(EvaluationError, match="must be an npz file with mu and sigma"):
+        reference.read_foreign(Path(__file__), corners(), expected)
+
+
+def test_our_statistics_are_read_as_pytorch_fid_reads_them(shard_set, tmp_path):
+    """Its load is `with np.load(path) as f: m, s = f["mu"][:], f["sigma"][:]`; StudioGAN's is the same."""
+    config = config_for(shard_set.location, reference_dir=str(tmp_path))
+    made, path = reference.obtain(shard_set, corners(), config, World("cpu"))
+    with np.load(path) as file:
+        np.testing.assert_array_equal(file["mu"][:], made.mu)
+        np.testing.assert_array_equal(file["sigma"][:], made.sigma)
+        assert file["mu"].dtype == file["sigma"].dtype == np.float64

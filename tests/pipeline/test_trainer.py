@@ -6,10 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline import checkpoint
+from pipeline import checkpoint, results, snapshots
 from pipeline.backend import Player
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config, ConfigError, load_config
@@ -319,3 +320,31 @@ def test_the_directory_of_a_run_holds_its_resolved_configuration(configure):
     config = configure("train.steps=2")
     train(config)
     assert load_config(Path(config.run_dir) / "config.yaml") == config
+
+
+def test_training_leaves_snapshots_apart_from_checkpoints(configure):
+    config = configure("evaluation.every_steps=4", "train.keep_checkpoints=1")
+    train(config)
+    found = snapshots.published(config.run_dir)
+    assert [checkpoint.step_of(path) for path in found] == [4, 6]  # each 4th, and the last
+    at_the_end = checkpoint.digests(last_checkpoint(config).networks)
+    ema = safetensors.torch.load_file(found[-1] / "ema.safetensors")
+    assert checkpoint.digests({"ema": ema}).items() <= at_the_end.items()
+
+
+def test_the_best_checkpoint_by_fid_outlives_pruning(configure):
+    config = configure("train.keep_checkpoints=1")
+    for step, fid in ((2, 5.0), (4, 9.0)):
+        result = {"step": step, "scores": {"fid": fid}, "protocol": {"num_images": 10}}
+        results.write(config.run_dir / "evaluations" / f"step-{step:08d}" / "key.json", result)
+    train(config)
+    assert [checkpoint.step_of(path) for path in checkpoint.published(config.run_dir)] == [2, 6]
+
+
+def test_a_damaged_result_file_stops_no_training(configure, capsys):
+    config = configure("train.keep_checkpoints=1")
+    path = config.run_dir / "evaluations" / "step-00000002" / "key.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    train(config)
+    assert "the best checkpoint is not known" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""Evaluators as processes of their own: beside a training, killed at any moment, two at once."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipeline import results, snapshots
+from pipeline.checkpoint import TrainerState
+from pipeline.config import load_config, to_dict, to_yaml
+from pipeline.journal import read_records
+from pipeline.manifest import open_shard_set
+from pipeline.networks import build_generator
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+SMOKE = ["evaluation.features=random", "evaluation.num_images=60", "evaluation.kid_subset_size=20"]
+
+
+@pytest.fixture
+def config_file(tiny_shards, tmp_path) -> Path:
+    values = {
+        "run": {"name": "tiny", "dir": str(tmp_path / "runs"), "device": "cpu"},
+        "data": {"shards": str(tiny_shards), "num_workers": 0},
+        "model": {"resolution": 16, "num_classes": 3, "z_dim": 8, "g_channels": 4, "d_channels": 4,
+                  "attention_resolution": 8},
+        "train": {"steps": 40, "global_batch_size": 6, "log_every_steps": 10, "checkpoint_every_steps": 20},
+        "evaluation": {"every_steps": 10, "reference_dir": str(tmp_path / "reference")},
+    }  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def run_of_snapshots(config_file) -> Path:
+    """A run that never was, with snapshots at 10, 20, 30 and 40."""
+    config = load_config(config_file, ["tracking.enabled=false"])
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    dataset_id = open_shard_set(config.data.shards).dataset_id
+    for step in (10, 20, 30, 40):
+        torch.manual_seed(step)
+        networks = {name: build_generator(config).state_dict() for name in ("ema", "generator")}
+        state = TrainerState(step, 6 * step, step, 1, dataset_id, 1, to_dict(config), {})
+        snapshots.save(config.run_dir, state, networks)
+    return config.run_dir
+
+
+def evaluator(run_dir: Path, repo_root: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "launch/evaluate.py", str(run_dir), *arguments, *SMOKE]
+    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=repo_root, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def assert_each_step_once(run_dir: Path, steps: list[int]) -> None:
+    assert [results.read(path)["step"] for path in results.published(run_dir)] == steps
+    for step in steps:
+        records, _ = read_records(run_dir / "journals" / f"evaluation-{step:08d}.jsonl")
+        names = [name for record in records for name in record["metrics"]]
+        assert len(names) == len(set(names)) == 8
+        assert {record["step"] for record in records} == {step}
+
+
+@pytest.mark.slow  # a two-process training and an evaluator
+@pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # of what MLflow imports
+def test_watching_a_training_of_two_processes(config_file, tmp_path, repo_root):
+    run_dir = tmp_path / "runs" / "tiny"
+    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    train = [*LAUNCH, "configs/accelerate/cpu_two_processes.yaml", "launch/train.py", str(config_file)]
+    training = subprocess.Popen(train, cwd=repo_root, env=environment)
+    while not (run_dir / "config.yaml").exists():
+        assert training.poll() is None
+        time.sleep(0.2)
+    watcher = evaluator(run_dir, repo_root, "--watch")
+    assert training.wait(200) == 0
+    _, errors = watcher.communicate(timeout=200)
+    assert watcher.returncode == 0, errors
+    assert_each_step_once(run_dir, [10, 20, 30, 40])
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    [run] = [run for item in client.search_experiments() for run in client.search_runs([item.experiment_id])]
+    history = client.get_metric_history(run.info.run_id, "eval/fid_random_features")
+    assert sorted(point.step for point in history) == [10, 20, 30, 40]
+    assert client.get_metric_history(run.info.run_id, "train/d_loss")
+
+
+@pytest.mark.slow  # starts an evaluator a dozen times
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_no_result_is_lost_doubled_or_half_written(run_of_snapshots, repo_root):
+    moments = random.Random(0)
+    for _ in range(8):
+        process = evaluator(run_of_snapshots, repo_root, "--checkpoint", "all")
+        time.sleep(moments.uniform(4, 8))
+        process.kill()
+        process.communicate()
+        for path in results.published(run_of_snapshots):
+            assert json.loads(path.read_text())["scores"]
+    last = evaluator(run_of_snapshots, repo_root, "--checkpoint", "all")
+    _, errors = last.communicate(timeout=200)
+    assert last.returncode == 0, errors
+    assert_each_step_once(run_of_snapshots, [10, 20, 30, 40])
+
+
+@pytest.mark.slow  # two evaluators at once
+def test_two_evaluators_of_one_run_do_each_other_no_harm(run_of_snapshots, repo_root):
+    pair = [evaluator(run_of_snapshots, repo_root, "--checkpoint", "all") for _ in range(2)]
+    for process in pair:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    assert_each_step_once(run_of_snapshots, [10, 20, 30, 40])
+    assert not list((run_of_snapshots / "evaluations").rglob("*.part*"))
