@@ -35,12 +35,13 @@ find_newest() {
     done
 }
 
-check_config() {  # CONFIG section.name=value...: the configuration alone, not its data
+# check_config CONFIG section.name=value...: checks it, without its data, and prints train.steps.
+check_config() {
     python -c '
 import sys
 from pipeline.config import ConfigError, load_config
 try:
-    load_config(sys.argv[1], sys.argv[2:])
+    print(load_config(sys.argv[1], sys.argv[2:]).train.steps)
 except ConfigError as error:
     sys.exit(f"error: {error}")' "$@"
 }

@@ -49,7 +49,7 @@ arguments=("$CONFIG" run.device=cuda ${SHARDS:+"data.shards=$SHARDS"} "$@" "run.
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     prepare
     case ${SBATCH_FLAGS:-} in
-    *--dependency*) check_config "${arguments[@]}" ;;  # its shards may still have to be made
+    *--dependency*) check_config "${arguments[@]}" >/dev/null ;;  # its shards may still have to be made
     *) python launch/train.py "${arguments[@]}" --dry-run >/dev/null ;;
     esac || exit 1
     [ -z "$check_only" ] || exit 0
@@ -77,7 +77,7 @@ check_node() {
     [ $i -lt 10 ] || fail "RUN_DIR=$RUN_DIR is not the same directory on $SLURMD_NODENAME as on the first node; put it where all nodes see it"
     command -v accelerate >/dev/null || fail "no accelerate on $SLURMD_NODENAME; \`make setup\` in a checkout that all nodes see, or set SETUP or CONTAINER"
     [ "$SLURM_NODEID" = 0 ] || return 0
-    python launch/train.py "$@" --dry-run >"$RUN_DIR/logs/.dry-run"
+    check_config "$@" >"$RUN_DIR/logs/.steps" && python launch/train.py "$@" --dry-run >"$RUN_DIR/logs/$SLURM_JOB_ID-plan.txt"
 }
 export -f check_node
 on_nodes -- check_node "${arguments[@]}" || {
@@ -85,7 +85,7 @@ on_nodes -- check_node "${arguments[@]}" || {
     fail "nothing was started: the inputs are wrong or a node is not ready, see above"
 }
 
-steps=$(sed -n '/^train:/,/^[a-z]*:$/s/^  steps: //p' "$RUN_DIR/logs/.dry-run")
+steps=$(cat "$RUN_DIR/logs/.steps")
 finished=$(cat "$RUN_DIR/DONE" 2>/dev/null)
 [ "${finished:-0}" -lt "$steps" ] || { say "finished: $finished steps are done; a larger train.steps goes on"; exit 0; }
 find_newest; before=$newest
