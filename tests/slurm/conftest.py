@@ -88,11 +88,11 @@ class Cluster:
         self.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=seconds)
         return self.state(job)
 
-    def wait_for_restart(self, job: str, restarts: int, seconds: float = 240) -> None:
+    def wait_for_restart(self, job: str, restarts: int, seconds: float = 240, before: tuple[str, ...] = ()) -> None:
         """Waits until the job runs again; a requeued job is held for two minutes, which are cut short."""
         wait_until(lambda: self.state(job) == "PENDING", seconds, lambda: self.tell(job))
         time.sleep(4)  # sooner, the controller may still be ending the run before
-        self.ask("scontrol", "update", f"jobid={job}", "starttime=now")
+        self.ask("scontrol", "update", f"jobid={job}", *before, "starttime=now")
         self.wait_for(job, "RUNNING")
         assert self.facts(job)["Restarts"] == str(restarts)
 
