@@ -211,7 +211,9 @@ def _slurm_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     names = {"job_id": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restarts": "SLURM_RESTART_COUNT"}
     # Slurm sets the count at the first requeue.
     values = {"SLURM_RESTART_COUNT": "0", **environment}
-    return {f"slurm.{tag}": values.get(name, "") for tag, name in names.items()} if "SLURM_JOB_ID" in environment else {}
+    return (
+        {f"slurm.{tag}": values.get(name, "") for tag, name in names.items()} if "SLURM_JOB_ID" in environment else {}
+    )
 
 
 def git_state() -> tuple[str, bool]:

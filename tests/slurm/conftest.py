@@ -34,6 +34,7 @@ class Cluster:
         address: of the test host, as the nodes reach it.
         has_namespaces: whether each node is a machine of its own, which can be killed and has its own mounts.
         logs: directory of the jobs' logs.
+        launcher: the file behind `accelerate` on the nodes.
     """
 
     def __init__(self, directory: Path, logs: Path):
@@ -47,6 +48,7 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(REPO),
         }
+        self.launcher = Path(sys.executable).parent / "accelerate"
 
     def _call(self, command: str, *arguments: object) -> None:
         script = [str(REPO / "tests/servers/slurm.sh"), command, str(self._directory), *map(str, arguments)]
@@ -80,8 +82,12 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.facts(job)["JobState"]
 
+    def wait_until(self, is_so: Callable[[], bool], seconds: float, job: str) -> None:
+        """Waits, and tells of the job when it was in vain."""
+        wait_until(is_so, seconds, lambda: self.tell(job))
+
     def wait_for(self, job: str, *states: str, seconds: float = 240) -> None:
-        wait_until(lambda: self.state(job) in states, seconds, lambda: self.tell(job))
+        self.wait_until(lambda: self.state(job) in states, seconds, job)
 
     def wait_for_end(self, job: str, seconds: float = 240) -> str:
         """Waits until the job is over, for good, and returns its last state."""
@@ -90,15 +96,22 @@ class Cluster:
 
     def wait_for_restart(self, job: str, restarts: int, seconds: float = 240, before: tuple[str, ...] = ()) -> None:
         """Waits until the job runs again; a requeued job is held for two minutes, which are cut short."""
-        wait_until(lambda: self.state(job) == "PENDING", seconds, lambda: self.tell(job))
+        self.wait_until(lambda: self._restarts(job) == (restarts, "PENDING"), seconds, job)
         time.sleep(4)  # sooner, the controller may still be ending the run before
         self.ask("scontrol", "update", f"jobid={job}", *before, "starttime=now")
-        self.wait_for(job, "RUNNING")
-        assert self.facts(job)["Restarts"] == str(restarts)
+        self.wait_until(lambda: self.state(job) != "PENDING", 60, job)
+
+    def _restarts(self, job: str) -> tuple[int, str]:
+        facts = self.facts(job)
+        return int(facts["Restarts"]), facts["JobState"]
 
     def log(self, job: str) -> str:
         """What the job's own log holds."""
         return "".join(path.read_text() for path in self.logs.glob(f"*-{job}.out"))
+
+    def all_logs(self) -> str:
+        """What the logs of all jobs so far hold."""
+        return "".join(path.read_text() for path in self.logs.glob("*.out"))
 
     def tell(self, job: str) -> str:
         return f"{self.facts(job)}\n{self.log(job)}"

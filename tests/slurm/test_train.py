@@ -97,7 +97,6 @@ def steps_of(run_dir: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
 
 
-
 def wait_for_step(cluster, run_dir: Path, job: str, step: int) -> None:
     for _ in range(240):
         if steps_of(run_dir) >= step:
