@@ -126,6 +126,6 @@ fi
 # What the trainer said since this start: its own message, or how the log ends.
 for log in "$RUN_DIR/logs/$SLURM_JOB_ID"-node*.log; do
     sed -n "/^=== start $start /,\$p" "$log" | sed -n '/^\(\[rank [0-9]*\] \)\{0,1\}error: /,/^$\|^[WEIF][0-9]\{4\} \|^Traceback/p' | grep -v '^[WEIF][0-9]\{4\} \|^Traceback\|^$' | head -n 20
-done | grep . || tail -n 15 "$RUN_DIR/logs/$SLURM_JOB_ID-node0.log"
+done | grep . || tail -n 6 "$RUN_DIR/logs/$SLURM_JOB_ID"-node*.log | head -n 60
 [ "$newest" -gt "$before" ] && requeue_if_few "a crash, with a newer checkpoint ($newest) than at the start ($before)"
 fail "the training ended with status $rc and no newer checkpoint than $before, so it is not tried again; see above and $RUN_DIR/logs"

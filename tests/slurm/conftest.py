@@ -114,7 +114,8 @@ class Cluster:
         return "".join(path.read_text() for path in self.logs.glob("*.out"))
 
     def tell(self, job: str) -> str:
-        return f"{self.facts(job)}\n{self.log(job)}"
+        facts = {name: text for name, text in self.facts(job).items() if name in ("JobState", "Reason", "Restarts")}
+        return f"job {job}: {facts}\n{self.log(job)}"
 
     def node_pid(self, number: int) -> int:
         return int((self._directory / f"run/node{number}.pid").read_text())
@@ -128,7 +129,7 @@ class Cluster:
 
     def on_node(self, number: int, *command: object) -> None:
         """Runs a command with the mounts of a node."""
-        self.ask("nsenter", f"--target={self.node_pid(number)}", "--mount", *command)
+        self.ask("nsenter", f"--target={self.node_pid(number)}", "--mount", "--pid", *command)
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float, tell: Callable[[], str]) -> None:
@@ -206,7 +207,12 @@ def mlflow_uri(cluster, tmp_path_factory):
     command += ["--artifacts-destination", str(root / "served")]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (root / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
+        # Ends with its workers when the tests are gone, however they ended.
+        outlive = '"$@" & while kill -0 "$0"; do sleep 1; done; kill -9 -- -$$'
+        server = subprocess.Popen(
+            ["bash", "-c", outlive, str(os.getpid()), *command],
+            env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
 
     def answers() -> bool:
         try:

@@ -12,7 +12,7 @@ from pipeline import checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SCRIPT = "slurm/train_imagenet128.sh"
-STEPS = 200
+STEPS = 120
 # Milliseconds a step, on one process a node.
 SMALL = ["configs/demo.yaml", "run.device=cpu", "model.num_classes=3", "model.g_channels=2", "model.d_channels=4",
          "train.global_batch_size=8", "train.log_every_steps=5", "train.checkpoint_every_steps=20",
@@ -79,7 +79,7 @@ def node_log(run_dir: Path, job: str, node: int = 0) -> str:
 def test_two_nodes_train_to_the_end_from_s3_and_tell_mlflow(cluster, undisturbed, mlflow_uri):
     job, run_dir = undisturbed
     assert (run_dir / "DONE").read_text() == f"{STEPS}\n"
-    assert "finished: 200 steps are done" in cluster.log(job)
+    assert f"finished: {STEPS} steps are done" in cluster.log(job)
     run, steps = mlflow_run(mlflow_uri, run_dir)
     assert run.info.status == "FINISHED"
     assert steps == list(range(5, STEPS + 1, 5))
