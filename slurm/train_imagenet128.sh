@@ -75,7 +75,7 @@ say "$SLURM_JOB_NODELIST, $processes processes, $RUN_DIR; logs: $RUN_DIR/logs/$S
 check_node() {
     for ((i = 0; i < 10; i++)); do [ "$(cat "$RUN_DIR/logs/.start" 2>/dev/null)" = "$start" ] && break; sleep 0.5; done
     [ $i -lt 10 ] || fail "RUN_DIR=$RUN_DIR is not the same directory on $SLURMD_NODENAME as on the first node; put it where all nodes see it"
-    command -v accelerate >/dev/null || fail "no accelerate on $SLURMD_NODENAME; \`make setup\` in a checkout that all nodes see, or set SETUP or CONTAINER"
+    [ -x "$(command -v accelerate)" ] || fail "no accelerate on $SLURMD_NODENAME; \`make setup\` in a checkout that all nodes see, or set SETUP or CONTAINER"
     [ "$SLURM_NODEID" = 0 ] || return 0
     check_config "$@" >"$RUN_DIR/logs/.steps" && python launch/train.py "$@" --dry-run >"$RUN_DIR/logs/$SLURM_JOB_ID-plan.txt"
 }

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a real server, which breaks connections at the places a test names."""
+"""A TCP proxy on the loopback in front of a real server, which breaks connections at the places a test names."""
 
 import asyncio
 import contextlib
@@ -28,12 +28,12 @@ class FaultProxy:
         requests: First line and Range of each request it saw.
     """
 
-    def __init__(self, port: int, faults: Iterator[Fault], host: str = "127.0.0.1"):
+    def __init__(self, port: int, faults: Iterator[Fault]):
         self._server_port, self._plan = port, faults
         self.faults = 0
         self.requests: list[tuple[str, str | None]] = []
         self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, host, 0))
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
         self.port = self._server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()

@@ -1,13 +1,15 @@
 """A Slurm of two nodes, with a store and a tracking server on the test host that its nodes reach."""
 
+import contextlib
 import os
-import runpy
 import secrets
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -132,6 +134,37 @@ class Cluster:
         self.ask("nsenter", f"--target={self.node_pid(number)}", "--mount", "--pid", *command)
 
 
+class Forward(socketserver.ThreadingTCPServer):
+    """Hands connections to an address of the test host on to a port of its loopback."""
+
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self, host: str, port: int):
+        super().__init__((host, 0), ForwardOne)
+        self.port = port
+
+
+class ForwardOne(socketserver.BaseRequestHandler):
+    """One connection."""
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.server.port)) as there:
+            asking = threading.Thread(target=copy, args=(self.request, there))
+            asking.start()
+            copy(there, self.request)
+            asking.join()
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    """Passes on what comes until one side has enough."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RD if end is source else socket.SHUT_WR)
+
+
 def wait_until(is_so: Callable[[], bool], seconds: float, tell: Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -178,9 +211,8 @@ def new_location(cluster, s3_server):
     """Function that makes a bucket and returns its location, reached by nodes and test host alike."""
     from pipeline import s3_store
 
-    proxy = runpy.run_path(str(REPO / "tests/servers/fault_proxy.py"))["FaultProxy"](
-        s3_server.port, iter(()), cluster.address
-    )
+    server = Forward(cluster.address, s3_server.port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         for name, text in CREDENTIALS.items():
             patch.setenv(name, text)
@@ -188,13 +220,14 @@ def new_location(cluster, s3_server):
 
         def new() -> str:
             bucket = f"b{secrets.token_hex(6)}"
-            location = f"s3://{bucket}/set?endpoint_url=http://{cluster.address}:{proxy.port}"
+            location = f"s3://{bucket}/set?endpoint_url=http://{cluster.address}:{server.server_address[1]}"
             s3_store.client(s3_store.parse(location), attempts=5).create_bucket(Bucket=bucket)
             return location
 
         yield new
     s3_store.client_of.cache_clear()
-    proxy.close()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")
