@@ -105,6 +105,8 @@ class RunTracker:
         self._points = Journal(self._run_dir / "journal.jsonl")
         self._files = Journal(self._run_dir / "journals" / "files-samples.jsonl")
         self._points.append(_start_record(config, facts, self._points.starts))
+        if slurm := _slurm_tags():
+            _say("slurm: " + ", ".join(f"{name.removeprefix('slurm.')} {text}" for name, text in slurm.items()))
         self._sender: subprocess.Popen[bytes] | None = None
         if config.tracking.enabled:
             _introduce(config.tracking, self._run_dir, facts)
@@ -247,7 +249,18 @@ def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
         "batch_norm": "unsynchronised, depends on world_size" if unsynchronised else "synchronised",
         "command": shlex.join(sys.argv),
     }
+    tags |= _slurm_tags()
     return {name: _text(value) for name, value in tags.items()}
+
+
+def _slurm_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns the Slurm job this process belongs to, as tags of the run; nothing outside of a job."""
+    names = {"job_id": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restarts": "SLURM_RESTART_COUNT"}
+    # Slurm sets the count at the first requeue.
+    values = {"SLURM_RESTART_COUNT": "0", **environment}
+    return (
+        {f"slurm.{tag}": values.get(name, "") for tag, name in names.items()} if "SLURM_JOB_ID" in environment else {}
+    )
 
 
 def git_state() -> tuple[str, bool]:

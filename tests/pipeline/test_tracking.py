@@ -230,6 +230,14 @@ def test_tags_tell_where_the_run_comes_from(database, run_dir, repo_root):
     assert tags["restarts"] == "0" and "pytest" in tags["command"]
 
 
+def test_a_slurm_job_is_named_in_tags_and_none_outside_of_one():
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]"}
+    expected = {"slurm.job_id": "17", "slurm.nodes": "node[1-2]", "slurm.restarts": "0"}
+    assert tracking._slurm_tags(job) == expected
+    assert tracking._slurm_tags(job | {"SLURM_RESTART_COUNT": "3"}) == expected | {"slurm.restarts": "3"}
+    assert tracking._slurm_tags({"HOME": "/"}) == {}
+
+
 def test_pictures_become_artifacts(database, run_dir):
     config = make_config(run_dir)
     tracker = open_tracker(off(config), FACTS, is_main=True)

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+## From images to scores: build, merge, train and evaluate, each submitted to wait for the one before.
+##
+##   SOURCE=ILSVRC2012_img_train.tar SHARDS=data/imagenet128 slurm/submit_all.sh [CONFIG] [section.name=value ...]
+##
+## Checks the inputs, then prints each job's id and what it will do. When a job fails, those that wait for it are
+## cancelled; the same command again goes on. Variables besides those of the three scripts:
+##   SOURCE  images for build_shards.sh; unset: SHARDS is a set already     BUILD_ARGUMENTS     such as "--size 64"
+##   WATCH   set: evaluate while training goes on, not once after it        EVALUATE_ARGUMENTS  such as "evaluation.seed=1"
+##   BUILD_SBATCH, TRAIN_SBATCH, EVALUATE_SBATCH  sbatch flags for each, such as "--partition=cpu --time=4:00:00"
+set -uo pipefail
+. "${0%/*}/common.sh"
+[ "${1:-}" != --help ] || help "$0"
+cd "${0%/*}/.." || exit
+
+config=${CONFIG:-configs/imagenet128.yaml}
+case ${1:-} in "" | *=*) ;; *) config=$1; shift ;; esac
+name=${config##*/}
+export RUN_DIR; RUN_DIR=$(realpath -m "${RUN_DIR:-runs/${name%.*}}")
+[ -z "${SOURCE:-}" ] || [ -n "${SHARDS:-}" ] || fail "SOURCE is given, but not SHARDS, where to build: SHARDS=DIR_OR_S3"
+# Flags in one variable are several words, so without quotes.
+build() { SBATCH_FLAGS="${BUILD_SBATCH:-}" slurm/build_shards.sh "$@" "$SOURCE" "$SHARDS" ${BUILD_ARGUMENTS:-}; }
+train() { local waits=$1; shift; SBATCH_FLAGS="${TRAIN_SBATCH:-} $waits" slurm/train_imagenet128.sh "$@"; }
+evaluate() { local waits=$1; shift; SBATCH_FLAGS="${EVALUATE_SBATCH:-} $waits" slurm/evaluate.sh "$@" "$RUN_DIR" ${EVALUATE_ARGUMENTS:-}; }
+
+# All checks before anything is queued.
+[ -z "${SOURCE:-}" ] || build --check || exit 1
+train "${SOURCE:+--dependency=later}" --check "$config" "$@" || exit 1
+evaluate --dependency=later --check || exit 1
+
+waits=""
+if [ -n "${SOURCE:-}" ]; then
+    merge=$(build) || exit 1
+    waits=--dependency=afterok:$merge
+fi
+train=$(train "$waits" "$config" "$@") || exit 1
+echo "job $train trains ${config} in $RUN_DIR${merge:+ when job $merge has succeeded}" >&2
+if [ -n "${WATCH:-}" ]; then
+    score=$(WATCH_JOB=$train evaluate "--dependency=after:$train") || exit 1
+    echo "job $score scores each checkpoint while job $train runs" >&2
+else
+    score=$(evaluate "--dependency=afterok:$train") || exit 1
+    echo "job $score scores the last checkpoint when job $train has succeeded" >&2
+fi
+echo "${merge:+$merge }$train $score"

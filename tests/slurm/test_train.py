@@ -1,0 +1,204 @@
+"""`sbatch slurm/train_imagenet128.sh` on a real Slurm of two nodes, which stream from S3 and track to MLflow."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipeline import checkpoint
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+SCRIPT = "slurm/train_imagenet128.sh"
+STEPS = 120
+# Milliseconds a step, on one process a node.
+SMALL = ["configs/demo.yaml", "run.device=cpu", "model.num_classes=3", "model.g_channels=2", "model.d_channels=4",
+         "train.global_batch_size=8", "train.log_every_steps=5", "train.checkpoint_every_steps=20",
+         "train.sample_every_steps=1000", "evaluation.num_images=64", f"train.steps={STEPS}"]  # fmt: skip
+
+
+def test_the_header_is_accepted_as_it_is(cluster):
+    done = cluster.command("sbatch", "--test-only", SCRIPT)
+    assert done.returncode == 0 and "64 processors" not in done.stdout, done.stderr
+    assert "using 128 processors on nodes node[1-2] in partition main" in done.stderr
+
+
+@pytest.fixture(scope="session")
+def stored_shards(new_location, tiny_shards) -> str:
+    from pipeline.upload import upload
+
+    location = new_location()
+    upload(tiny_shards, location)
+    return location
+
+
+@pytest.fixture(scope="session")
+def start(cluster, stored_shards, mlflow_uri, tmp_path_factory):
+    """Function (name, sbatch flags, overrides) -> (job, run directory) of a small training."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def start(name: str, flags: tuple[str, ...] = (), overrides: tuple[str, ...] = (), **more: str):
+        places = more | {"RUN_DIR": str(root / name), "SHARDS": stored_shards, "MLFLOW_TRACKING_URI": mlflow_uri}
+        cache = f"data.cache_dir={root}/blocks-{name}"
+        job = cluster.sbatch(*flags, SCRIPT, *SMALL, cache, *overrides, **places, PROCESSES_PER_NODE="1")
+        return job, root / name
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, start):
+    job, run_dir = start("undisturbed")
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.tell(job)
+    return job, run_dir
+
+
+def weights(run_dir: Path) -> dict[str, str]:
+    return checkpoint.digests(checkpoint.load(run_dir / "checkpoints" / f"step-{STEPS:08d}").networks)
+
+
+def mlflow_run(uri: str, run_dir: Path):
+    client = MlflowClient(uri)
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()],
+        f"attributes.run_name = '{run_dir.name}'",
+    )
+    assert len(found) == 1, "one MLflow run through all restarts"
+    points = client.get_metric_history(found[0].info.run_id, "train/d_loss")
+    return found[0], sorted(point.step for point in points)
+
+
+def node_log(run_dir: Path, job: str, node: int = 0) -> str:
+    path = run_dir / "logs" / f"{job}-node{node}.log"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.slow
+def test_two_nodes_train_to_the_end_from_s3_and_tell_mlflow(cluster, undisturbed, mlflow_uri):
+    job, run_dir = undisturbed
+    assert (run_dir / "DONE").read_text() == f"{STEPS}\n"
+    assert f"finished: {STEPS} steps are done" in cluster.log(job)
+    run, steps = mlflow_run(mlflow_uri, run_dir)
+    assert run.info.status == "FINISHED"
+    assert steps == list(range(5, STEPS + 1, 5))
+    tags = run.data.tags
+    assert (tags["world_size"], tags["hostnames"]) == ("2", "node1 node2")
+    assert (tags["slurm.job_id"], tags["slurm.nodes"], tags["slurm.restarts"]) == (job, "node[1-2]", "0")
+    assert f"slurm: job_id {job}, nodes node[1-2], restarts 0" in node_log(run_dir, job)
+    for node in (0, 1):
+        assert f"=== start {job}.0 on node{node + 1}" in node_log(run_dir, job, node)
+
+
+def steps_of(run_dir: Path) -> int:
+    """The last step the run has told."""
+    lines = (run_dir / "journal.jsonl").read_text().splitlines() if (run_dir / "journal.jsonl").exists() else []
+    return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for_step(cluster, run_dir: Path, job: str, step: int) -> None:
+    for _ in range(240):
+        if steps_of(run_dir) >= step:
+            return
+        assert cluster.state(job) in ("PENDING", "RUNNING"), cluster.tell(job)
+        time.sleep(0.5)
+    raise AssertionError(f"no step {step}: {cluster.tell(job)} {node_log(run_dir, job)}")
+
+
+def assert_as_undisturbed(cluster, undisturbed, mlflow_uri, job: str, run_dir: Path, restarts: int) -> None:
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.tell(job)
+    assert weights(run_dir) == weights(undisturbed[1])
+    run, steps = mlflow_run(mlflow_uri, run_dir)
+    assert steps == sorted(set(steps)) and set(steps) >= set(range(5, STEPS + 1, 5)), "no doubled or lost steps"
+    assert (run.info.status, run.data.tags["slurm.restarts"]) == ("FINISHED", str(restarts))
+    assert node_log(run_dir, job).count("resumed from") == restarts
+
+
+@pytest.mark.slow
+def test_a_time_limit_and_a_preemption_change_nothing(cluster, start, undisturbed, mlflow_uri):
+    job, run_dir = start("warned", ("--partition=preempt",))
+    wait_for_step(cluster, run_dir, job, 10)
+    cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=5")  # the header asks for USR1 at 300 s before the end
+    cluster.wait_for_restart(job, 1, before=("timelimit=60",))
+    first = steps_of(run_dir)
+    assert f"requeued: time limit or preemption, checkpoint {first}" in cluster.log(job)
+
+    wait_for_step(cluster, run_dir, job, first + 10)
+    other = cluster.sbatch("--partition=main", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    assert cluster.wait_for_end(other) == "COMPLETED"
+    cluster.wait_for_restart(job, 2)
+    assert cluster.log(job).count("requeued: time limit or preemption, checkpoint") == 2
+    assert_as_undisturbed(cluster, undisturbed, mlflow_uri, job, run_dir, 2)
+
+
+@pytest.mark.slow
+def test_an_admins_requeue_and_the_death_of_a_node_change_nothing(
+    cluster, own_machines, start, undisturbed, mlflow_uri
+):
+    job, run_dir = start("ended")
+    wait_for_step(cluster, run_dir, job, 10)
+    cluster.ask("scontrol", "requeue", job)
+    cluster.wait_for_restart(job, 1)
+    first = steps_of(run_dir)
+    assert first == checkpoint.step_of(checkpoint.published(run_dir)[-1]), "TERM saved before the end"
+
+    wait_for_step(cluster, run_dir, job, first + 25)  # past a checkpoint
+    cluster.kill_node(2)
+    cluster.wait_for(job, "PENDING")
+    cluster.start_node(2)
+    # No short cut here: a new run on the returned node can be hit by the end of the old one.
+    cluster.wait_for(job, "RUNNING", seconds=300)
+    assert_as_undisturbed(cluster, undisturbed, mlflow_uri, job, run_dir, 2)
+
+
+@pytest.mark.slow
+def test_scancel_is_for_good(cluster, start):
+    job, run_dir = start("cancelled")
+    wait_for_step(cluster, run_dir, job, 10)
+    cluster.ask("scancel", job)
+    assert cluster.wait_for_end(job) == "CANCELLED"
+    time.sleep(10)
+    assert cluster.state(job) == "CANCELLED"
+    assert "requeued" not in cluster.log(job)
+
+
+@pytest.mark.slow
+def test_a_crash_after_a_checkpoint_is_tried_again_but_not_for_ever(cluster, start):
+    """The first is requeued, the second not, as MAX_REQUEUES is 1; in between the run went on."""
+    job, run_dir = start("crashing", (), (), MAX_REQUEUES="1")
+    wait_for_step(cluster, run_dir, job, 25)
+    kill_a_rank(run_dir)
+    cluster.wait_for_restart(job, 1)
+    reached = steps_of(run_dir)
+    wait_for_step(cluster, run_dir, job, reached + 25)
+    kill_a_rank(run_dir)
+    assert cluster.wait_for_end(job) == "FAILED"
+    assert "requeued: a crash, with a newer checkpoint" in cluster.log(job)
+    assert "MAX_REQUEUES=1 is reached" in cluster.log(job)
+
+
+def kill_a_rank(run_dir: Path) -> None:
+    wanted = f"run.name={run_dir.name}"
+    ranks = [process for process in psutil.process_iter(["cmdline"]) if wanted in (process.info["cmdline"] or ())]
+    next(rank for rank in ranks if rank.info["cmdline"][1:3] == ["-u", "launch/train.py"]).kill()
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_an_extended_one_goes_on(cluster, start, undisturbed):
+    job, _ = start("undisturbed")
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert f"finished: {STEPS} steps are done; a larger train.steps goes on" in cluster.log(job)
+    assert "ended with status" not in cluster.log(job), "nothing was started"
+    job, run_dir = start("undisturbed", (), (f"train.steps={STEPS + 20}",))
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert f"from step {STEPS} to {STEPS + 20}" in cluster.log(job)
+    assert (run_dir / "DONE").read_text() == f"{STEPS + 20}\n"
+
+
+@pytest.mark.slow
+def test_what_the_trainer_refuses_is_told_in_the_jobs_log_and_not_tried_again(cluster, start):
+    job, _ = start("odd", (), ("train.global_batch_size=7",))
+    assert cluster.wait_for_end(job) == "FAILED"
+    assert "error: 7 images cannot be dealt to 2 processes" in cluster.log(job) or "cannot be dealt" in cluster.log(job)
+    assert "no newer checkpoint than 0, so it is not tried again" in cluster.log(job)
