@@ -35,6 +35,12 @@ class Subject:
     tensors: dict[str, Tensor]
 
 
+def is_abandoned(run_dir: Path, result: results.Result) -> bool:
+    """Returns whether a result is of weights that the run has given up: it made others of that step since."""
+    of_step = [path for path in candidates(run_dir) if checkpoint.step_of(path) == result["step"]]
+    return bool(of_step) and not any(results.is_of(result, path) for path in of_step)
+
+
 def candidates(run_dir: Path) -> list[Path]:
     """Lists what can be scored, oldest first: each step's snapshot, else its checkpoint, which may soon be pruned."""
     by_step = {checkpoint.step_of(path): path for path in checkpoint.published(run_dir)}
@@ -62,11 +68,11 @@ def choose(run_dir: Path, which: str, config: Config) -> list[Path]:
         case "newest":
             return [_newest_whole(found, config)]
         case "best":
-            step = results.best_step(run_dir)
+            step = results.best_step(run_dir, found)
             if step is None:
                 raise EvaluationError(
-                    f"which checkpoint is the best is not known: {results.directory(run_dir)} holds no FID yet. "
-                    "Score all first: --checkpoint all"
+                    f"which checkpoint is the best is not known: {results.directory(run_dir)} holds no FID yet of the "
+                    "snapshots and checkpoints there are. Score all first: --checkpoint all"
                 )
         case _:
             step = int(which)

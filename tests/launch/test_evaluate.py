@@ -20,7 +20,21 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from launch import evaluate
-from pipeline import checkpoint, evaluation, features, generated, journal, real, shards, snapshots, sources, subject
+from pipeline import (
+    checkpoint,
+    features,
+    generated,
+    intra_class,
+    journal,
+    real,
+    shards,
+    snapshots,
+    sources,
+    subject,
+    tracking,
+    truncation,
+    watch,
+)
 from pipeline.checkpoint import TrainerState
 from pipeline.config import config_from_dict, to_dict, to_yaml
 from pipeline.manifest import open_shard_set
@@ -133,12 +147,13 @@ def test_other_weights_and_other_protocols_have_results_of_their_own(run_dir, mo
 
 def test_mlflow_is_told_the_scores_at_the_training_step(run_dir, monkeypatch):
     told = []
-    monkeypatch.setattr(evaluation.tracking, "log_evaluation", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(tracking, "log_evaluation", lambda *told_to, **told_what: told.append((*told_to, told_what)))
     assert launch(monkeypatch, run_dir, *SMOKE) == 0
-    [(config, told_dir, step, metrics, [path])] = told
-    assert (config.run.name, told_dir, step) == ("tiny", run_dir, 3)
-    result = json.loads(path.read_text())
-    assert metrics == {f"eval/{name}": score for name, score in result["scores"].items()}
+    [(config, told_dir, what)] = told
+    assert (config.run.name, told_dir, what["step"]) == ("tiny", run_dir, 3)
+    result = json.loads(what["files"][0].read_text())
+    assert what["weights"] == result["provenance"]["weights_sha256"]
+    assert what["metrics"] == {f"eval/{name}": score for name, score in result["scores"].items()}
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_left_alone(run_dir, monkeypatch, capsys):
@@ -397,7 +412,7 @@ def test_watching_scores_each_snapshot_once_and_ends_with_the_training(run_of_sn
         (run_of_snapshots / "DONE").write_text(f"{step}\n")  # 8 is less than train.steps, 9 is not
 
     clock = SimpleNamespace(sleep=training_goes_on, perf_counter=time.perf_counter)
-    monkeypatch.setattr(evaluation, "time", clock)
+    monkeypatch.setattr(watch, "time", clock)
     make_samples = generated.make_samples
     with patch.object(generated, "make_samples", side_effect=make_samples) as counted:
         assert launch(monkeypatch, run_of_snapshots, "--watch", *SMOKE) == 0
@@ -435,9 +450,22 @@ def test_a_snapshot_that_was_replaced_is_scored_again(run_of_snapshots, monkeypa
     assert scored_steps(run_of_snapshots) == [2, 4, 4]
 
 
+def test_weights_that_were_given_up_are_neither_the_best_nor_told(run_of_snapshots, monkeypatch, capsys):
+    """Step 4 was scored, then the run went back and made it anew."""
+    config = evaluate._read_config(run_of_snapshots, [])
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "4", *SMOKE) == 0
+    save_snapshot(run_of_snapshots, config, 4, fill=0.01)
+    assert "holds no FID yet of the snapshots" in fails(
+        monkeypatch, capsys, run_of_snapshots, "--checkpoint", "best", *SMOKE
+    )
+    shutil.rmtree(run_of_snapshots / "journals")
+    assert launch(monkeypatch, run_of_snapshots, "--sync") == 0
+    assert not list((run_of_snapshots / "journals").glob("*"))
+
+
 def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys):
     """The result that a kill left untold is told too."""
-    with patch.object(evaluation.tracking, "log_evaluation"):
+    with patch.object(tracking, "log_evaluation"):
         assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "all", *SMOKE) == 0
     assert launch(monkeypatch, run_of_snapshots, "--sync", "tracking.enabled=false") == 0
     assert "4 results" in capsys.readouterr().out
@@ -467,6 +495,45 @@ def test_each_class_has_a_score_of_its_own(run_dir, monkeypatch):
     assert {(row["name"], row["num_real"]) for row in rows} == {("circle", "30"), ("square", "30"), ("triangle", "30")}
     mean = np.mean([float(row["fid"]) for row in rows])
     assert result_of(run_dir)["scores"]["intra_fid_random_features_10"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_what_fails_beside_the_scores_is_named_and_they_stay(run_dir, monkeypatch, capsys):
+    """The generator collapses at one truncation and in one class."""
+    make_samples, usable = generated.make_samples, generated.usable
+
+    def collapse_at_2(generator, config, extractor, world, threshold):
+        if threshold == 2:
+            raise generated.UnusableSamplesError("collapsed at 2")
+        return make_samples(generator, config, extractor, world, threshold)
+
+    def collapse_in_class_1(images, where):
+        if where.endswith("class 1"):
+            raise generated.UnusableSamplesError(f"{where} collapsed")
+        return usable(images, where)
+
+    monkeypatch.setattr(truncation, "make_samples", collapse_at_2)
+    monkeypatch.setattr(intra_class, "usable", collapse_in_class_1)
+    extras = ("evaluation.truncations=[0.5,2.0]", "evaluation.intra_class_images=10")
+    assert launch(monkeypatch, run_dir, *SMOKE, *extras) == 1
+    result, said = result_of(run_dir), capsys.readouterr()
+    assert np.isfinite(result["scores"]["fid_random_features"])
+    assert not [name for name in result["scores"] if name.startswith("intra_fid")]
+    assert result["not_scored"] == [
+        "truncation 2: collapsed at 2",
+        "intra-class FID: 1 of 3 classes, the first: samples 0 to 9 of class 1 collapsed",
+    ]
+    assert all(f"not scored: {failure}" in said.out and failure in said.err for failure in result["not_scored"])
+    assert len(list((run_dir / "evaluations").rglob("*-truncation.png"))) == 1
+    [table] = (run_dir / "evaluations").rglob("*-classes.csv")
+    assert [row["fid"] == "" for row in csv.DictReader(table.read_text().splitlines())] == [True, False, False]
+
+
+def test_features_that_are_not_finite(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(
+        features.RandomFeatures, "forward", lambda self, images: (images.flatten(1)[:, :64] / 0.0, None)
+    )
+    assert launch(monkeypatch, run_dir, *SMOKE) == 1
+    assert "random-convolutions makes non-finite features of reference statistics" in capsys.readouterr().err
 
 
 def test_real_images_are_scored_by_the_same_path(run_dir, shard_copy, monkeypatch, capsys):

@@ -6,9 +6,9 @@ import torch
 
 from pipeline import generated
 from pipeline.config import config_from_dict
-from pipeline.evaluation import compute_exactly
 from pipeline.features import Extractor
 from pipeline.networks import build_generator
+from pipeline.provenance import compute_exactly
 
 
 @pytest.mark.gpu
