@@ -128,7 +128,7 @@ def _centre(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_table(path: Path, scores: list[ClassScore], names: tuple[str, ...]) -> None:
-    """Writes one line per class, the worst first, before them those that could not be scored: label, name, number of real images, FID, or why there is none."""
+    """Writes a line per class: label, name, real images, FID or why there is none; those without first, best last."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["label", "name", "num_real", "fid", "error"])

@@ -1,11 +1,8 @@
 import csv
 import hashlib
-import io
 import json
 import shutil
-import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +11,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 
 from launch import evaluate
 from pipeline import (
@@ -236,89 +231,6 @@ def test_another_number_of_processes_than_asked_for(run_dir, monkeypatch, capsys
     """The training's own run.expected_world_size, 7 here, is not meant; one on the command line is."""
     message = fails(monkeypatch, capsys, run_dir, *SMOKE, "run.expected_world_size=2")
     assert "run.expected_world_size is 2, but 1 process(es) started" in message
-
-
-class Images(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, number):
-        return self.images[number]
-
-
-def random_inception_weights(path: Path, images: torch.Tensor) -> None:
-    """Writes a file of Inception's shape with seeded random values, its batch norm calibrated on some images."""
-    kind = torch_fidelity.FeatureExtractorInceptionV3
-    with patch.object(kind, "load_state_dict"), patch.object(torch, "load"):
-        network = kind("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path="none")
-    generator = torch.Generator().manual_seed(20240601)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
-        elif isinstance(module, nn.BatchNorm2d):
-            module.weight.data = 1 + 0.1 * torch.randn(module.weight.shape, generator=generator)
-            module.bias.data = 0.3 * torch.randn(module.bias.shape, generator=generator)
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-        elif isinstance(module, nn.Linear):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * 0.08
-    with torch.no_grad():
-        network(images)
-    torch.save(network.eval().state_dict(), path)
-
-
-@pytest.mark.slow  # Inception on a CPU, three times
-@pytest.mark.timeout(1200)
-def test_scores_are_those_of_calculate_metrics_with_1_and_2_processes(tiny_shards, tmp_path, repo_root, monkeypatch):
-    shard_dir = tmp_path / "shards"
-    shard_dir.mkdir()
-    source = sources.list_source(tiny_shards.parent / "images")
-    shards.build(shards.plan(source, image_size=16, limit_per_class=8), shard_dir)
-    with tarfile.open(shard_dir / "shard-000000.tar") as shard:
-        files = [shard.extractfile(member).read() for member in shard if member.name.endswith(".webp")]
-    reals = torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1) for data in files])
-    assert reals.shape == (24, 3, 16, 16)
-    weights = tmp_path / "weights.pth"
-    random_inception_weights(weights, reals)
-    arguments = (
-        "evaluation.num_images=20", "evaluation.batch_size=8", "evaluation.allow_unofficial_weights=true",
-        "evaluation.kid_subset_size=12", f"evaluation.inception_weights={weights}",
-    )  # fmt: skip
-
-    alone = make_run(tmp_path / "runs" / "alone", shard_dir)
-    config = evaluate._read_config(alone, list(arguments))
-    [path] = subject.choose(alone, "newest", config)
-    chosen = subject.read(path, config, open_shard_set(str(shard_dir)))
-    generator = generated.load(chosen.tensors, config, torch.device("cpu"))
-    fakes = torch.cat([generated.sample_block(generator, config, block, torch.device("cpu")) for block in range(3)])
-    expected = torch_fidelity.calculate_metrics(
-        input1=Images(fakes), input2=Images(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=12,
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(weights), cuda=False, cache=False, save_cpu_ram=True, verbose=False,
-        batch_size=20,
-    )  # fmt: skip
-
-    assert launch(monkeypatch, alone, *arguments) == 0
-    shutil.rmtree(shard_dir / "reference")
-    together = make_run(tmp_path / "runs" / "together", shard_dir)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", "configs/accelerate/cpu_two_processes.yaml"]
-    subprocess.run([*launcher, "launch/evaluate.py", together, *arguments], cwd=repo_root, check=True)
-    for run_dir, world_size in ((alone, 1), (together, 2)):
-        result = result_of(run_dir)
-        assert result["provenance"]["world_size"] == world_size
-        found = {name.removesuffix("_unofficial"): score for name, score in result["scores"].items()}
-        assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-        mean = expected["inception_score_mean"]
-        assert found["inception_score_mean"] == pytest.approx(mean, rel=1e-6)
-        assert found["inception_score_std"] == pytest.approx(expected["inception_score_std"], abs=1e-6 * mean)
-        assert found["kid_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
-        assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
 
 
 def save_snapshot(run_dir: Path, config, step: int, **changes) -> Path:
