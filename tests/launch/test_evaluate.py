@@ -2,8 +2,10 @@ import csv
 import hashlib
 import json
 import shutil
+import socket
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -387,6 +389,31 @@ def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys
         for record in journal.read_records(path)[0]
     ]
     assert sorted(record["step"] for record in records) == [2, 3, 4, 6]
+
+
+@pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # of what MLflow imports
+def test_after_an_outage_sync_tells_each_result_once_at_its_step(run_of_snapshots, monkeypatch, capfd):
+    """No server answers the evaluation; later the runs' own database takes what it could not tell."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        away = f"tracking.uri=http://127.0.0.1:{listener.getsockname()[1]}"
+    for step in (4, 6):
+        with patch.object(tracking, "send_unsent") if step == 4 else nullcontext():
+            assert (
+                launch(monkeypatch, run_of_snapshots, "--checkpoint", step, *SMOKE, "tracking.enabled=true", away) == 0
+            )
+    assert "Connection refused; going on without" in capfd.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for _ in range(2):
+        assert launch(monkeypatch, run_of_snapshots, "--sync", "tracking.enabled=true") == 0
+        assert "2 results" in (said := capfd.readouterr().out) and "0 points and 0 files are not sent yet" in said
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{run_of_snapshots.parent / 'mlflow.db'}")
+    [run] = [run for item in client.search_experiments() for run in client.search_runs([item.experiment_id])]
+    history = client.get_metric_history(run.info.run_id, "eval/fid_random_features")
+    assert [point.step for point in history] == [4, 6]
+    assert len(client.list_artifacts(run.info.run_id, "evaluation/step-00000006")) == 1
 
 
 def test_the_truncation_curve_has_a_table_and_a_plot(run_dir, monkeypatch, capsys):
