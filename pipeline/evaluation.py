@@ -112,6 +112,9 @@ class Evaluator:
             self._say(f"{target} is there already: the same weights, scored by the same protocol")
         else:
             self._make(chosen, protocol, target)
+        if on_rank_0(world, lambda: subject.is_given_up(self.run_dir, chosen)):
+            self._say(f"the run went back and gave up the weights of {target}: they are not told to MLflow")
+            return
         if error := on_rank_0(world, lambda: tell(self.run_dir, config, target)):
             raise EvaluationError(f"{error} (on record in {target})")
 

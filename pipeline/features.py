@@ -217,8 +217,8 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
 def _exp_divergence(logits: Tensor, rows: Tensor) -> float:
     """Returns exp of the mean of sum p log p, less sum q log q with q the mean of the p, over some rows."""
     sum_p, sum_p_log_p = torch.zeros(logits.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for part in rows.split(_ROWS_AT_ONCE):
-        log_p = logits[part].double().log_softmax(1)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        log_p = logits[rows[start : start + _ROWS_AT_ONCE]].double().log_softmax(1)
         sum_p += log_p.exp().sum(0)
         sum_p_log_p += (log_p.exp() * log_p).sum()
     q = sum_p / len(rows)

@@ -30,7 +30,8 @@ def sync(run_dir: Path, config: Config) -> None:
     if world.is_main:
         found = {path: results.read(path) for path in sorted(results.directory(run_dir).glob("*/*.json"))}
         for path, result in found.items():
-            if not subject.is_abandoned(run_dir, result):
+            # Weights that the run gave up since are told no more.
+            if subject.of_the_run(run_dir, result["step"], result["provenance"]["weights_sha256"]) is not False:
                 tracking.record_evaluation(run_dir, **_for_tracking(result, path))
         tracking.send_unsent(config, run_dir)
         points, files = count_unsent(run_dir)

@@ -35,17 +35,24 @@ class Subject:
     tensors: dict[str, Tensor]
 
 
-def is_abandoned(run_dir: Path, result: results.Result) -> bool:
-    """Returns whether a result is of weights that the run has given up: it made others of that step since."""
-    of_step = [path for path in candidates(run_dir) if checkpoint.step_of(path) == result["step"]]
-    return bool(of_step) and not any(results.is_of(result, path) for path in of_step)
-
-
 def candidates(run_dir: Path) -> list[Path]:
     """Lists what can be scored, oldest first: each step's snapshot, else its checkpoint, which may soon be pruned."""
     by_step = {checkpoint.step_of(path): path for path in checkpoint.published(run_dir)}
     by_step |= {checkpoint.step_of(path): path for path in snapshots.published(run_dir)}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def of_the_run(run_dir: Path, step: int, weights_sha256: str) -> bool | None:
+    """Returns whether the snapshot and checkpoint of a step hold weights; None when there is neither any more."""
+    of_step = [path for path in candidates(run_dir) if checkpoint.step_of(path) == step]
+    return any(weights_sha256 in checkpoint.hashes_of(path).values() for path in of_step) if of_step else None
+
+
+def is_given_up(run_dir: Path, chosen: Subject) -> bool:
+    """Returns whether the run has gone back since these weights were read, and left them or made others instead."""
+    is_snapshot = chosen.path.parent == snapshots.snapshots_dir(run_dir)  # these are never pruned
+    held = of_the_run(run_dir, chosen.step, chosen.weights_sha256)
+    return is_snapshot if held is None else not held
 
 
 def choose(run_dir: Path, which: str, config: Config) -> list[Path]:

@@ -153,7 +153,8 @@ def log_evaluation(
         JournalError: a journal of the run is damaged.
     """
     record_evaluation(run_dir, step, metrics, files, tags, weights)
-    send_unsent(config, run_dir)
+    if any(count_unsent(run_dir)):  # the sender's start takes seconds
+        send_unsent(config, run_dir)
 
 
 def record_evaluation(

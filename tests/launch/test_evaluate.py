@@ -24,6 +24,7 @@ from pipeline import (
     intra_class,
     journal,
     real,
+    results,
     shards,
     snapshots,
     sources,
@@ -144,10 +145,10 @@ def test_other_weights_and_other_protocols_have_results_of_their_own(run_dir, mo
 
 def test_mlflow_is_told_the_scores_at_the_training_step(run_dir, monkeypatch):
     told = []
-    monkeypatch.setattr(tracking, "log_evaluation", lambda *told_to, **told_what: told.append((*told_to, told_what)))
+    monkeypatch.setattr(tracking, "log_evaluation", lambda _, told_dir, **what: told.append((told_dir, what)))
     assert launch(monkeypatch, run_dir, *SMOKE) == 0
-    [(config, told_dir, what)] = told
-    assert (config.run.name, told_dir, what["step"]) == ("tiny", run_dir, 3)
+    [(told_dir, what)] = told
+    assert (told_dir, what["step"]) == (run_dir, 3)
     result = json.loads(what["files"][0].read_text())
     assert what["weights"] == result["provenance"]["weights_sha256"]
     assert what["metrics"] == {f"eval/{name}": score for name, score in result["scores"].items()}
@@ -377,6 +378,23 @@ def test_weights_that_were_given_up_are_neither_the_best_nor_told(run_of_snapsho
     assert not list((run_of_snapshots / "journals").glob("*"))
 
 
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_weights_that_are_given_up_while_they_are_scored_are_not_told(run_of_snapshots, monkeypatch, capsys, made_anew):
+    """A rollback takes the snapshot away, and training may have left another one since."""
+    config, write = evaluate._read_config(run_of_snapshots, []), results.write
+
+    def roll_back_and_write(path, result):
+        snapshots.remove_after(run_of_snapshots, 4)
+        if made_anew:
+            save_snapshot(run_of_snapshots, config, 6, fill=0.01)
+        write(path, result)
+
+    monkeypatch.setattr(results, "write", roll_back_and_write)
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "6", *SMOKE) == 0
+    assert "they are not told to MLflow" in capsys.readouterr().err
+    assert not (run_of_snapshots / "journals").exists()
+
+
 def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys):
     """The result that a kill left untold is told too."""
     with patch.object(tracking, "log_evaluation"):
@@ -391,6 +409,7 @@ def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys
     assert sorted(record["step"] for record in records) == [2, 3, 4, 6]
 
 
+@pytest.mark.slow  # starts MLflow senders
 @pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # of what MLflow imports
 def test_after_an_outage_sync_tells_each_result_once_at_its_step(run_of_snapshots, monkeypatch, capfd):
     """No server answers the evaluation; later the runs' own database takes what it could not tell."""
