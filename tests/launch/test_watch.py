@@ -62,7 +62,7 @@ def environment_of(repo_root: Path) -> dict[str, str]:
 
 
 def evaluator(run_dir: Path, repo_root: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [*(launcher or (sys.executable,)), "launch/evaluate.py", str(run_dir), *arguments, *SMOKE]
+    command = [*(launcher or (sys.executable,)), "launch/evaluate.py", str(run_dir), *SMOKE, *arguments]
     return subprocess.Popen(
         command,
         cwd=repo_root,

@@ -180,7 +180,7 @@ def test_standing_statistics_are_the_mean_of_those_of_the_batches(on_ranks):
 
 
 def test_standing_statistics_are_taken_anew_for_each_truncation(on_ranks):
-    config = config_with(num_images=8)
+    config = config_with(num_images=10)
     config = replace(config, evaluation=replace(config.evaluation, batch_norm="standing", standing_batches=2))
     generator = generator_for(config)
 
