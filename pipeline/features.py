@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -146,9 +147,20 @@ def inception(weights: Weights, device: torch.device) -> Extractor:
     except RuntimeError as error:
         raise EvaluationError(f"{weights.path} holds the weights of another network: {error}") from error
     kind: Kind = "official" if weights.official else "unofficial"
-    # 1.5 times as fast on a CPU; sums in another order move FID by some 1e-7 of its value, as another CPU would.
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network.to(device).to(memory_format=layout))
+    network = _fast_on_cpu(network) if device.type == "cpu" else network.to(device)
+    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network)
+
+
+def _fast_on_cpu(network: nn.Module) -> nn.Module:
+    """Folds each batch norm into its convolution and lays images out by channel: 1.6 times as fast on a CPU.
+
+    Sums then go in another order, which moves FID by some 1e-7 of its value, as another processor would.
+    """
+    for block in network.modules():
+        if isinstance(norm := getattr(block, "bn", None), nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.get_submodule("conv"), norm)  # type: ignore[type-var]  # a Conv2d
+            block.bn = nn.Identity()
+    return network.to(memory_format=torch.channels_last)
 
 
 def random_features(device: torch.device) -> Extractor:
