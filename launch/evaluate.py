@@ -39,10 +39,11 @@ def main() -> int:
     except ConfigError as error:
         return report(error)
     # Imported late, so that --help and a mistyped key answer at once.
-    from pipeline import evaluation, preflight, real
+    from pipeline import evaluation, preflight, real, watch
     from pipeline.features import EvaluationError
     from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
+    from pipeline.report import sync
     from pipeline.world import WorldSizeError
 
     run_dir = arguments.run_dir
@@ -50,11 +51,11 @@ def main() -> int:
         if arguments.check:
             return preflight.check(run_dir, config, arguments.checkpoint)
         if arguments.watch:
-            return evaluation.watch(run_dir, config, arguments.until_step)
+            return watch.watch(run_dir, config, arguments.until_step)
         if arguments.real:
             real.score_real(run_dir, config)
         elif arguments.sync:
-            evaluation.sync(run_dir, config)
+            sync(run_dir, config)
         else:
             return evaluation.evaluate(run_dir, config, arguments.checkpoint)
     except (ConfigError, EvaluationError, ShardSetError, WorldSizeError, JournalError) as error:

@@ -170,6 +170,15 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
+def hashes_of(path: Path) -> dict[str, str]:
+    """Returns the sha256 of each file by name, as the manifest says; nothing when that cannot be read."""
+    try:
+        hashes = json.loads((path / "manifest.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(hashes)
+
+
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint onto the CPU; `newest` or `find_fault` has verified it."""
     entries = json.loads((path / "trainer.json").read_text())

@@ -67,7 +67,8 @@ class Moments:
         n = sum(world.gather(self._n))
         sums = (world.mean(self._sums.clone()) * world.size).cpu().numpy()
         mu = sums[0] / n
-        return n, mu, (sums[1:] - n * np.outer(mu, mu)) / (n - 1)
+        with np.errstate(invalid="ignore"):  # who calls looks for non-finite features
+            return n, mu, (sums[1:] - n * np.outer(mu, mu)) / (n - 1)
 
 
 def first(num_images: int) -> npt.NDArray[np.bool_]:
@@ -104,7 +105,7 @@ def see(
         sink: takes the number of a block's first image and its features, (n, D) on the device.
 
     Raises:
-        ValueError: what went wrong with the images of any rank, on every rank.
+        ValueError: what went wrong with the images or features of any rank, on every rank.
     """
     moments = Moments(extractor.num_features, world.device)
     logits: list[tuple[int, Tensor]] = []
@@ -131,6 +132,10 @@ def see(
     n, mu, sigma = moments.reduce(world)
     if n != len(is_kept):
         raise EvaluationError(f"{n:,} of {len(is_kept):,} {what} were seen; one of the processes lost some")
+    if not np.isfinite(mu).all():
+        raise EvaluationError(
+            f"{extractor.name} makes non-finite features of {what}: it is broken, or not meant for them"
+        )
     all_kept, all_logits = _in_order(kept, world), _in_order(logits, world)
     assert all_kept is not None, "no features were kept"
     return Seen(Statistics(n, mu, sigma, all_kept.numpy()), all_logits, sum(world.gather(num_constant)))

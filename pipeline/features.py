@@ -8,6 +8,7 @@ import hashlib
 import io
 import urllib.request
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +17,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
@@ -34,6 +35,7 @@ IS_SPLITS = 10
 IS_SHUFFLE_SEED = 2020  # torch-fidelity's default: it permutes the samples before it splits them
 KID_SUBSETS, KID_SEED = 100, 2020  # torch-fidelity's defaults
 NEIGHBOURS = 3  # of precision and recall
+_ROWS_AT_ONCE = 1000  # of logits and distances, which for all samples would take gigabytes
 _TIMEOUT_SECONDS = 30.0
 
 Kind = Literal["official", "unofficial", "random", "own"]
@@ -145,8 +147,20 @@ def inception(weights: Weights, device: torch.device) -> Extractor:
     except RuntimeError as error:
         raise EvaluationError(f"{weights.path} holds the weights of another network: {error}") from error
     kind: Kind = "official" if weights.official else "unofficial"
-    # Not channels_last, 1.5 times as fast on a CPU: FID and KID then differ from torch-fidelity's by 1e-6 to 2e-6.
-    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network.to(device))
+    network = _fast_on_cpu(network) if device.type == "cpu" else network.to(device)
+    return Extractor("inception-v3-compat", weights.sha256, kind, 2048, network)
+
+
+def _fast_on_cpu(network: nn.Module) -> nn.Module:
+    """Folds each batch norm into its convolution and lays images out by channel: 1.6 times as fast on a CPU.
+
+    Sums then go in another order, which moves FID by some 1e-7 of its value, as another processor would.
+    """
+    for block in network.modules():
+        if isinstance(norm := getattr(block, "bn", None), nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.get_submodule("conv"), norm)  # type: ignore[type-var]  # a Conv2d
+            block.bn = nn.Identity()
+    return network.to(memory_format=torch.channels_last)
 
 
 def random_features(device: torch.device) -> Extractor:
@@ -200,12 +214,27 @@ def frechet_distance(mu_1: Float64, sigma_1: Float64, mu_2: Float64, sigma_2: Fl
 def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
     """Returns mean and standard deviation over splits of exp(E KL(p(y|x) || p(y))) (arXiv 1606.03498).
 
+    Equal to torch-fidelity's function to rounding in float64, which for 50,000 samples takes 1.2 GB more.
+
     Args:
         logits: (N, classes) on the CPU, in the order of the samples, which are shuffled with a fixed seed.
         splits: equal parts that are scored apart.
     """
-    found = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=IS_SHUFFLE_SEED)
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+    order, n = torch.from_numpy(np.random.RandomState(IS_SHUFFLE_SEED).permutation(len(logits))), len(logits)
+    bounds = [split * n // splits for split in range(splits + 1)]
+    scores = [_exp_divergence(logits, order[start:stop]) for start, stop in pairwise(bounds)]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _exp_divergence(logits: Tensor, rows: Tensor) -> float:
+    """Returns exp of the mean of sum p log p, less sum q log q with q the mean of the p, over some rows."""
+    sum_p, sum_p_log_p = torch.zeros(logits.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        log_p = logits[rows[start : start + _ROWS_AT_ONCE]].double().log_softmax(1)
+        sum_p += log_p.exp().sum(0)
+        sum_p_log_p += (log_p.exp() * log_p).sum()
+    q = sum_p / len(rows)
+    return float((sum_p_log_p / len(rows) - torch.xlogy(q, q).sum()).exp())
 
 
 def kernel_distance(fakes: Float32, reals: Float32, subset_size: int) -> tuple[float, float]:
@@ -231,5 +260,7 @@ def precision_recall(fakes: Float32, reals: Float32) -> tuple[float, float]:
         reals: (M, D).
     """
     pair = torch.from_numpy(fakes), torch.from_numpy(reals)
-    found = prc_features_to_metric(*pair, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    found = prc_features_to_metric(
+        *pair, prc_neighborhood=NEIGHBOURS, prc_batch_size=_ROWS_AT_ONCE, save_cpu_ram=True, verbose=False
+    )
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.feature_pass import progress
-from pipeline.features import EvaluationError, Extractor
-from pipeline.generated import usable, with_batch_norm
+from pipeline.features import Extractor
+from pipeline.generated import UnusableSamplesError, usable, with_batch_norm
 from pipeline.manifest import ShardSet
 from pipeline.noise import draw_z
 from pipeline.shard_file import write_file
@@ -24,11 +25,29 @@ USUAL_NUM_IMAGES = 5000  # samples of each class, as in Miyato's calc_intra_FID.
 
 @dataclass(frozen=True)
 class ClassScore:
-    """FID of one class."""
+    """FID of one class, or why it has none."""
 
     label: int
     num_real: int
-    fid: float
+    fid: float | None
+    error: str | None = None
+
+
+def check_classes(config: Config, shard_set: ShardSet) -> None:
+    """Finds out before hours of work whether every class can be scored.
+
+    Raises:
+        ConfigError: no classes, or one of fewer than 2 real images.
+    """
+    if not config.model.num_classes:
+        raise ConfigError("evaluation.intra_class_images needs classes, but this model has none; leave it out")
+    manifest = shard_set.manifest
+    pairs = zip(manifest.class_names, manifest.class_counts, strict=True)
+    if small := [name for name, count in pairs if count < 2]:
+        raise ConfigError(
+            f"evaluation.intra_class_images: a covariance needs 2 real images, but {len(small)} class(es) have fewer, "
+            f"the first {small[0]}; leave it out"
+        )
 
 
 def score_classes(
@@ -48,28 +67,26 @@ def score_classes(
         features: of all its samples, (N, D).
         extractor: that made them.
         world: the ranks.
-
-    Raises:
-        EvaluationError: a class of fewer than 2 real images; samples that cannot be scored.
     """
     labels, num_classes = shard_set.index.sample_label, config.model.num_classes
     generator = with_batch_norm(generator, config, world)
-    mine, error = [], None
+    mine = []
     with progress(world, num_classes * config.evaluation.intra_class_images, "samples of each class") as advance:
-        try:
-            for label in range(world.rank, num_classes, world.size):
-                rows = np.flatnonzero(labels == label)
-                if len(rows) < 2:
-                    raise EvaluationError(f"intra-class FID needs 2 real images of a class, class {label} has fewer")
+        for label in range(world.rank, num_classes, world.size):
+            rows = np.flatnonzero(labels == label)
+            try:
                 fakes = _features_of_class(generator, config, label, extractor, world.device)
                 fid = low_rank_fid(fakes, torch.from_numpy(features[rows]).to(world.device))
                 mine.append(ClassScore(label, len(rows), fid))
-                advance(len(fakes))
-        except EvaluationError as failure:
-            error = failure
-    if failures := [failure for failure in world.gather(error) if failure is not None]:
-        raise failures[0]
+            except UnusableSamplesError as error:  # the other classes may be sound
+                mine.append(ClassScore(label, len(rows), None, str(error)))
+            advance(config.evaluation.intra_class_images)
     return sorted((score for of_rank in world.gather(mine) for score in of_rank), key=lambda score: score.label)
+
+
+def mean(scores: list[ClassScore]) -> float:
+    """Returns intra-class FID, the mean over all classes."""
+    return sum(score.fid or 0.0 for score in scores) / len(scores)
 
 
 @torch.no_grad()
@@ -111,10 +128,11 @@ def _centre(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_table(path: Path, scores: list[ClassScore], names: tuple[str, ...]) -> None:
-    """Writes one line per class, the worst first: label, name, number of real images, FID."""
+    """Writes a line per class: label, name, real images, FID or why there is none; those without first, best last."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["label", "name", "num_real", "fid"])
-    for score in sorted(scores, key=lambda score: -score.fid):
-        writer.writerow([score.label, names[score.label], score.num_real, f"{score.fid:.6f}"])
+    writer.writerow(["label", "name", "num_real", "fid", "error"])
+    for score in sorted(scores, key=lambda score: -math.inf if score.fid is None else -score.fid):
+        fid = "" if score.fid is None else f"{score.fid:.6f}"
+        writer.writerow([score.label, names[score.label], score.num_real, fid, score.error or ""])
     write_file(path, text.getvalue().encode())

@@ -8,11 +8,12 @@ from typing import TypeVar
 import psutil
 import torch
 
-from pipeline import evaluation, reference, results, scores, subject, tracking, truncation
+from pipeline import comparison, intra_class, reference, results, scores, subject, tracking, truncation
 from pipeline.config import Config
 from pipeline.feature_pass import MAX_KEPT
 from pipeline.features import EvaluationError, Extractor, read_weights
 from pipeline.manifest import ShardSet, open_shard_set
+from pipeline.provenance import compute_exactly
 from pipeline.world import World
 
 _LOGITS = 1008  # of Inception
@@ -33,7 +34,7 @@ def check(run_dir: Path, config: Config, which: str) -> int:
         Exit status: 1 if an evaluation would fail. On other ranks than 0 always 0.
     """
     world = World(config.run.device, config.run.expected_world_size)
-    evaluation.compute_exactly(world.device)
+    compute_exactly(world.device)
     num_faults = _check(run_dir, config, which, world) if world.is_main else 0
     world.shutdown()
     return int(num_faults > 0)
@@ -44,7 +45,7 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
 
     def shards() -> str:
         shard_set = open_shard_set(config.data.shards)
-        evaluation.check_reference_set(config, shard_set)
+        comparison.check_reference_set(config, shard_set)
         scores.check_counts(config.evaluation, config.evaluation.num_images, shard_set.index.num_samples)
         found["shards"] = shard_set
         complete = "complete" if shard_set.manifest.complete else "not complete, so nothing is called fid"
@@ -53,12 +54,12 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
         )
 
     def validation() -> str:
-        shard_set = evaluation.open_validation_set(config, _need(found, "shards", ShardSet))
+        shard_set = comparison.open_validation_set(config, _need(found, "shards", ShardSet))
         return f"{shard_set.location}, {shard_set.index.num_samples:,} images"
 
     def extractor() -> str:
         weights = read_weights(config.evaluation) if config.evaluation.features == "inception" else None
-        opened = evaluation.build_extractor(config, weights, world.device)
+        opened = comparison.build_extractor(config, weights, world.device)
         found["extractor"] = opened
         return f"{opened.name}, {opened.kind}, sha256 {opened.sha256[:12]}"
 
@@ -87,6 +88,11 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
         truncation.check_can_plot()
         return f"thresholds {', '.join(f'{value:g}' for value in config.evaluation.truncations)}"
 
+    def classes() -> str:
+        shard_set = _need(found, "shards", ShardSet)
+        intra_class.check_classes(config, shard_set)
+        return f"{config.evaluation.intra_class_images:,} samples of each of {config.model.num_classes:,}"
+
     evaluated = config.evaluation
     checks: list[tuple[str, Callable[[], str], bool]] = [
         ("shards", shards, True),
@@ -96,6 +102,7 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
         ("reference file", foreign, evaluated.reference_file is not None),
         ("generator", generator, True),
         ("truncation", plot, bool(evaluated.truncations)),
+        ("classes", classes, evaluated.intra_class_images > 0),
         ("memory", lambda: _memory(config, found), True),
         ("disk", lambda: _disk(run_dir), True),
         ("device", lambda: _device(world), True),

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline import evaluation, reference, results, scores
+from pipeline import comparison, reference, results, scores
 from pipeline.config import Config
 from pipeline.feature_pass import on_rank_0, see, spread
 from pipeline.features import EvaluationError
 from pipeline.manifest import ShardSet, open_shard_set
+from pipeline.provenance import compute_exactly, provenance_of
+from pipeline.report import tell
 from pipeline.world import World
 
 
@@ -27,14 +29,14 @@ def score_real(run_dir: Path, config: Config) -> None:
             "ImageNet, `python launch/shards.py build` makes it of ILSVRC2012_img_val.tar)"
         )
     world = World(config.run.device, config.run.expected_world_size)
-    evaluation.compute_exactly(world.device)
+    compute_exactly(world.device)
     training_set = open_shard_set(config.data.shards)
-    evaluation.check_reference_set(config, training_set)
-    shard_set = evaluation.open_validation_set(config, training_set)
+    comparison.check_reference_set(config, training_set)
+    shard_set = comparison.open_validation_set(config, training_set)
     n = min(shard_set.index.num_samples, config.evaluation.num_images)
     scores.check_counts(config.evaluation, n, training_set.index.num_samples)
-    extractor = evaluation.open_extractor(config, world)
-    protocol = evaluation.protocol_of(config, training_set, extractor) | {"weights": "none", "num_images": n}
+    extractor = comparison.open_extractor(config, world)
+    protocol = comparison.protocol_of(config, training_set, extractor) | {"weights": "none", "num_images": n}
     path = results.path_of(run_dir, "real", shard_set.dataset_id, protocol)
     if not world.broadcast(path.exists()):
         real, _ = reference.obtain(training_set, extractor, config, world)
@@ -50,10 +52,10 @@ def score_real(run_dir: Path, config: Config) -> None:
                 "not_official_because": reasons,
                 "remarks": scores.remarks(seen, real.n),
                 "protocol": protocol,
-                "provenance": evaluation.provenance_of(world),
+                "provenance": provenance_of(world) | {"weights_sha256": shard_set.dataset_id},
             }
             results.write(path, result)
-    on_rank_0(world, lambda: evaluation.tell(run_dir, config, path))
+    on_rank_0(world, lambda: tell(run_dir, config, path))
     world.shutdown()
 
 

@@ -7,9 +7,11 @@ a result that is there need not be made again. Written whole or not at all; a re
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline import checkpoint
 from pipeline.shard_file import create_file
 
 Result = dict[str, Any]
@@ -68,21 +70,35 @@ def fid_of(result: Result) -> float | None:
     return next((score for name, score in result.get("scores", {}).items() if name.startswith("fid")), None)
 
 
-def best_step(run_dir: Path) -> int | None:
+def is_of(result: Result, path: Path) -> bool:
+    """Returns whether a result is of weights that a snapshot or checkpoint holds.
+
+    It is not when the run went back after it was scored, and made other weights of the same step.
+    """
+    weights = result.get("provenance", {}).get("weights_sha256")
+    return bool(result["step"] == checkpoint.step_of(path) and weights in checkpoint.hashes_of(path).values())
+
+
+def best_step(run_dir: Path, paths: Iterable[Path]) -> int | None:
     """Returns the step of the lowest FID among those scored by one protocol, the one that scored the most steps.
 
-    Of protocols that scored as many, the one of the most images counts. None without results.
+    Of protocols that scored as many, the one of the most images counts.
+
+    Args:
+        run_dir: the run.
+        paths: snapshots or checkpoints; only results of their weights count.
+
+    Returns:
+        The step; None without results.
 
     Raises:
         ValueError: a result file is damaged.
     """
-    groups: dict[str, dict[int, tuple[float, int]]] = defaultdict(dict)
+    found, groups = list(paths), defaultdict[str, dict[int, tuple[float, int]]](dict)
     for result in map(read, published(run_dir)):
-        if (fid := fid_of(result)) is not None:
-            entry = (fid, result["protocol"]["num_images"])
-            scored = groups[digest(result["protocol"])]
-            # After a rollback a step may have two results: its better one counts.
-            scored[result["step"]] = min(entry, scored.get(result["step"], entry))
+        fid = fid_of(result)
+        if fid is not None and any(is_of(result, path) for path in found):
+            groups[digest(result["protocol"])][result["step"]] = (fid, result["protocol"]["num_images"])
     if not groups:
         return None
     scored = max(groups.values(), key=lambda group: (len(group), max(entry[1] for entry in group.values())))

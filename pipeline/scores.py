@@ -1,5 +1,6 @@
 """From what was seen of samples and of a reference to scores under the names they may bear."""
 
+from pipeline.bar import Bar
 from pipeline.config import EvaluationConfig
 from pipeline.feature_pass import Seen, Statistics
 from pipeline.features import (
@@ -85,23 +86,27 @@ def compare(seen: Seen, real: Statistics, evaluation: EvaluationConfig, endings:
         evaluation: which metrics, and how.
         endings: of the names, see `score_names`.
     """
-    fakes, (ending, inception_ending), metrics = seen.statistics, endings, evaluation.metrics
+    fakes, (ending, inception_ending) = seen.statistics, endings
     assert fakes.kept is not None
     assert real.kept is not None
     scores: dict[str, float] = {}
-    if "fid" in metrics:
-        scores[f"fid{ending}"] = frechet_distance(fakes.mu, fakes.sigma, real.mu, real.sigma)
-    if "inception_score" in metrics and seen.logits is not None:
-        mean, std = inception_score(seen.logits, IS_SPLITS)
-        scores[f"inception_score_mean{inception_ending}"] = mean
-        scores[f"inception_score_std{inception_ending}"] = std
-        scores[f"inception_score_single_split{inception_ending}"] = inception_score(seen.logits, 1)[0]
-    if "kid" in metrics:
-        mean, std = kernel_distance(fakes.kept, real.kept, evaluation.kid_subset_size)
-        scores[f"kid_mean{ending}"], scores[f"kid_std{ending}"] = mean, std
-    if "precision_recall" in metrics:
-        precision, recall = precision_recall(fakes.kept, real.kept)
-        scores[f"precision{ending}"], scores[f"recall{ending}"] = precision, recall
+    with Bar(len(evaluation.metrics), "scores", "metrics") as bar:
+        for metric in evaluation.metrics:
+            match metric:
+                case "fid":
+                    scores[f"fid{ending}"] = frechet_distance(fakes.mu, fakes.sigma, real.mu, real.sigma)
+                case "inception_score" if seen.logits is not None:
+                    mean, std = inception_score(seen.logits, IS_SPLITS)
+                    scores[f"inception_score_mean{inception_ending}"] = mean
+                    scores[f"inception_score_std{inception_ending}"] = std
+                    scores[f"inception_score_single_split{inception_ending}"] = inception_score(seen.logits, 1)[0]
+                case "kid":
+                    mean, std = kernel_distance(fakes.kept, real.kept, evaluation.kid_subset_size)
+                    scores[f"kid_mean{ending}"], scores[f"kid_std{ending}"] = mean, std
+                case "precision_recall":
+                    precision, recall = precision_recall(fakes.kept, real.kept)
+                    scores[f"precision{ending}"], scores[f"recall{ending}"] = precision, recall
+            bar.update()
     return scores
 
 

@@ -1,7 +1,7 @@
 """What training leaves for the evaluation: the averaged and the raw generator, apart from resumable checkpoints.
 
 `RUN/snapshots/step-00010000/` holds ema.safetensors, generator.safetensors, trainer.json and, written last,
-manifest.json. Published and verified as checkpoints are; nothing ever prunes them.
+manifest.json. Published and verified as checkpoints are; pruning never touches them.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,7 @@ def snapshots_dir(run_dir: Path) -> Path:
 def save(run_dir: Path, state: TrainerState, networks: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Publishes a snapshot, whole or not at all.
 
-    A resumed run makes the same one again, which leaves the first in its place; after a rollback, or on another world
-    size, the weights may be others, and they replace it.
+    A run that repeats steps makes the same one again, which leaves the first in its place; other weights replace it.
 
     Args:
         run_dir: the run.
@@ -49,6 +48,13 @@ def save(run_dir: Path, state: TrainerState, networks: Mapping[str, Mapping[str,
 def published(run_dir: Path) -> list[Path]:
     """Lists the published snapshots, oldest first, unverified."""
     return checkpoint.steps_in(snapshots_dir(run_dir))
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """Removes the snapshots of later steps: training goes on from `step`, maybe by another way than it went before."""
+    for path in published(run_dir):
+        if checkpoint.step_of(path) > step:
+            checkpoint.remove(path)
 
 
 def _holds(path: Path, ema: Mapping[str, Tensor]) -> bool:

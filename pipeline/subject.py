@@ -42,6 +42,19 @@ def candidates(run_dir: Path) -> list[Path]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def of_the_run(run_dir: Path, step: int, weights_sha256: str) -> bool | None:
+    """Returns whether the snapshot and checkpoint of a step hold weights; None when there is neither any more."""
+    of_step = [path for path in candidates(run_dir) if checkpoint.step_of(path) == step]
+    return any(weights_sha256 in checkpoint.hashes_of(path).values() for path in of_step) if of_step else None
+
+
+def is_given_up(run_dir: Path, chosen: Subject) -> bool:
+    """Returns whether the run has gone back since these weights were read, and left them or made others instead."""
+    is_snapshot = chosen.path.parent == snapshots.snapshots_dir(run_dir)  # these are never pruned
+    held = of_the_run(run_dir, chosen.step, chosen.weights_sha256)
+    return is_snapshot if held is None else not held
+
+
 def choose(run_dir: Path, which: str, config: Config) -> list[Path]:
     """Returns what `--checkpoint` asks for, oldest first.
 
@@ -62,11 +75,11 @@ def choose(run_dir: Path, which: str, config: Config) -> list[Path]:
         case "newest":
             return [_newest_whole(found, config)]
         case "best":
-            step = results.best_step(run_dir)
+            step = results.best_step(run_dir, found)
             if step is None:
                 raise EvaluationError(
-                    f"which checkpoint is the best is not known: {results.directory(run_dir)} holds no FID yet. "
-                    "Score all first: --checkpoint all"
+                    f"which checkpoint is the best is not known: {results.directory(run_dir)} holds no FID yet of the "
+                    "snapshots and checkpoints there are. Score all first: --checkpoint all"
                 )
         case _:
             step = int(which)

@@ -143,6 +143,7 @@ def log_evaluation(
     metrics: Mapping[str, float],
     files: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
+    weights: str = "",
 ) -> None:
     """Records an evaluation, as `record_evaluation` does, and sends it with whatever is still unsent.
 
@@ -151,8 +152,9 @@ def log_evaluation(
     Raises:
         JournalError: a journal of the run is damaged.
     """
-    record_evaluation(run_dir, step, metrics, files, tags)
-    send_unsent(config, run_dir)
+    record_evaluation(run_dir, step, metrics, files, tags, weights)
+    if any(count_unsent(run_dir)):  # the sender's start takes seconds
+        send_unsent(config, run_dir)
 
 
 def record_evaluation(
@@ -161,10 +163,12 @@ def record_evaluation(
     metrics: Mapping[str, float],
     files: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
+    weights: str = "",
 ) -> None:
     """Journals an evaluation for the training's MLflow run, whether that is over, under way elsewhere, or never told.
 
-    A (metric, step) or file that was recorded before is not recorded again. Several evaluators may do so at once.
+    A (metric, step) or file that was recorded before of the same weights is not recorded again. When a run went back
+    and made other weights of a step, theirs are added, and a tag says so. Several evaluators may do so at once.
 
     Args:
         run_dir: the run's directory.
@@ -172,20 +176,28 @@ def record_evaluation(
         metrics: by name, such as `eval/fid`.
         files: copied to the run's artifacts, folder `evaluation/step-00001000`.
         tags: set on the run.
+        weights: hash of the weights that were evaluated.
 
     Raises:
         JournalError: a journal of the run is damaged.
     """
     folder, journals = f"evaluation/step-{step:08d}", run_dir / "journals"
+    name_of_step = f"evaluation-{step:08d}"
+    name = name_of_step + (f"-{weights[:12]}" if weights else "")
     journals.mkdir(parents=True, exist_ok=True)
     with (journals / "evaluation.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a journal has one writer at a time; let go when the file is closed
-        with Journal(journals / f"evaluation-{step:08d}.jsonl") as journal:
-            for name, before in _recorded_metrics(journal.path).items():
-                if name in metrics and str(float(metrics[name])) != str(before):
-                    _say(f"tracking: {name} of step {step} is on record as {before}; {metrics[name]} is not added")
+        earlier = [path for path in journals.glob(f"{name_of_step}*.jsonl") if path.stem != name]
+        with Journal(journals / f"{name}.jsonl") as journal:
+            recorded = _recorded_metrics(journal.path)
+            for metric, before in recorded.items():
+                if metric in metrics and str(float(metrics[metric])) != str(before):
+                    _say(f"tracking: {metric} of step {step} is on record as {before}; {metrics[metric]} is not added")
+            if not recorded and any(metrics.keys() & _recorded_metrics(path).keys() for path in earlier):
+                text = "the run went back and made this step anew: of two points the later one counts"
+                tags = {**(tags or {}), f"evaluation.replaced.step-{step:08d}": text}
             journal.log(step, metrics, tags=tags)
-        with Journal(journals / f"files-evaluation-{step:08d}.jsonl") as journal:
+        with Journal(journals / f"files-{name}.jsonl") as journal:
             journal.log(step, files={_inside(path, run_dir): folder for path in files})
 
 

@@ -294,7 +294,7 @@ class Trainer:
     def _best_step(self) -> int | None:
         """Returns the step of the best FID if an evaluation has told; a damaged result file stops no training."""
         try:
-            return results.best_step(self.config.run_dir)
+            return results.best_step(self.config.run_dir, checkpoint.published(self.config.run_dir))
         except ValueError as error:
             self.progress.say(f"the best checkpoint is not known: {error}")
             return None
@@ -322,6 +322,8 @@ class Trainer:
         self.progress.say(f"resumed from {path}")
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
+        if self.world.is_main:
+            snapshots.remove_after(self.config.run_dir, found.state.step)
         for player in (self.generator, self.discriminator):
             player.restore(found.networks[player.name], found.optimizers[player.name])
         self.ema.module.load_state_dict(found.networks["ema"])

@@ -2,18 +2,20 @@
 
 import importlib.util
 import io
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.feature_pass import Statistics
+from pipeline.feature_pass import Seen, Statistics, on_rank_0
 from pipeline.features import IS_SPLITS, EvaluationError, Extractor, frechet_distance, inception_score
-from pipeline.generated import make_samples
+from pipeline.generated import UnusableSamplesError, make_samples
 from pipeline.shard_file import write_file
 from pipeline.world import World
 
-Point = dict[str, float | None]
+Point = dict[str, Any]  # truncation with fid and inception_score_mean (None without logits), or with error
 
 
 def check_can_plot() -> None:
@@ -31,18 +33,21 @@ def check_can_plot() -> None:
 def score_truncations(
     generator: nn.Module, config: Config, extractor: Extractor, real: Statistics, world: World
 ) -> list[Point]:
-    """Scores `evaluation.num_images` samples at each threshold; called on every rank.
+    """Scores `evaluation.num_images` samples at each threshold, or says why not; called on every rank."""
 
-    Raises:
-        UnusableSamplesError: the generator collapses at a threshold.
-    """
+    def point(seen: Seen) -> Point:
+        fid = frechet_distance(seen.statistics.mu, seen.statistics.sigma, real.mu, real.sigma)
+        score = None if seen.logits is None else inception_score(seen.logits, IS_SPLITS)[0]
+        return {"fid": fid, "inception_score_mean": score}
+
     points: list[Point] = []
     for threshold in config.evaluation.truncations:
-        seen = make_samples(generator, config, extractor, world, threshold)
-        fakes = seen.statistics
-        fid = frechet_distance(fakes.mu, fakes.sigma, real.mu, real.sigma) if world.is_main else 0.0
-        score = inception_score(seen.logits, IS_SPLITS)[0] if seen.logits is not None and world.is_main else None
-        points.append({"truncation": threshold, "fid": fid, "inception_score_mean": score})
+        try:
+            seen = make_samples(generator, config, extractor, world, threshold)
+        except UnusableSamplesError as error:  # the generator collapses here; elsewhere it may be sound
+            points.append({"truncation": threshold, "error": str(error)})
+        else:
+            points.append({"truncation": threshold} | on_rank_0(world, partial(point, seen)))
     return points
 
 
@@ -54,8 +59,8 @@ def plot(path: Path, points: list[Point], step: int, fid_name: str) -> None:
     axes = figure.subplots()
     has_scores = all(point["inception_score_mean"] is not None for point in points)
     key = "inception_score_mean" if has_scores else "truncation"
-    rows = sorted(points, key=lambda point: point["truncation"] or 0)
-    xs, ys = [float(row[key] or 0) for row in rows], [float(row["fid"] or 0) for row in rows]
+    rows = sorted(points, key=lambda point: float(point["truncation"]))
+    xs, ys = [row[key] for row in rows], [row["fid"] for row in rows]
     axes.plot(xs, ys, marker="o")
     for x, y, row in zip(xs, ys, rows, strict=True):
         axes.annotate(f"{row['truncation']:g}", (x, y), xytext=(4, 4), textcoords="offset points")

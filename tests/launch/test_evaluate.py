@@ -1,12 +1,11 @@
 import csv
 import hashlib
-import io
 import json
 import shutil
-import subprocess
+import socket
 import sys
-import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -14,13 +13,26 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 
 from launch import evaluate
-from pipeline import checkpoint, evaluation, features, generated, journal, real, shards, snapshots, sources, subject
+from pipeline import (
+    checkpoint,
+    features,
+    generated,
+    intra_class,
+    journal,
+    real,
+    results,
+    shards,
+    snapshots,
+    sources,
+    subject,
+    tracking,
+    truncation,
+    watch,
+)
 from pipeline.checkpoint import TrainerState
 from pipeline.config import config_from_dict, to_dict, to_yaml
 from pipeline.manifest import open_shard_set
@@ -133,12 +145,13 @@ def test_other_weights_and_other_protocols_have_results_of_their_own(run_dir, mo
 
 def test_mlflow_is_told_the_scores_at_the_training_step(run_dir, monkeypatch):
     told = []
-    monkeypatch.setattr(evaluation.tracking, "log_evaluation", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(tracking, "log_evaluation", lambda _, told_dir, **what: told.append((told_dir, what)))
     assert launch(monkeypatch, run_dir, *SMOKE) == 0
-    [(config, told_dir, step, metrics, [path])] = told
-    assert (config.run.name, told_dir, step) == ("tiny", run_dir, 3)
-    result = json.loads(path.read_text())
-    assert metrics == {f"eval/{name}": score for name, score in result["scores"].items()}
+    [(told_dir, what)] = told
+    assert (told_dir, what["step"]) == (run_dir, 3)
+    result = json.loads(what["files"][0].read_text())
+    assert what["weights"] == result["provenance"]["weights_sha256"]
+    assert what["metrics"] == {f"eval/{name}": score for name, score in result["scores"].items()}
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_left_alone(run_dir, monkeypatch, capsys):
@@ -221,89 +234,6 @@ def test_another_number_of_processes_than_asked_for(run_dir, monkeypatch, capsys
     """The training's own run.expected_world_size, 7 here, is not meant; one on the command line is."""
     message = fails(monkeypatch, capsys, run_dir, *SMOKE, "run.expected_world_size=2")
     assert "run.expected_world_size is 2, but 1 process(es) started" in message
-
-
-class Images(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, number):
-        return self.images[number]
-
-
-def random_inception_weights(path: Path, images: torch.Tensor) -> None:
-    """Writes a file of Inception's shape with seeded random values, its batch norm calibrated on some images."""
-    kind = torch_fidelity.FeatureExtractorInceptionV3
-    with patch.object(kind, "load_state_dict"), patch.object(torch, "load"):
-        network = kind("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path="none")
-    generator = torch.Generator().manual_seed(20240601)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
-        elif isinstance(module, nn.BatchNorm2d):
-            module.weight.data = 1 + 0.1 * torch.randn(module.weight.shape, generator=generator)
-            module.bias.data = 0.3 * torch.randn(module.bias.shape, generator=generator)
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-        elif isinstance(module, nn.Linear):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * 0.08
-    with torch.no_grad():
-        network(images)
-    torch.save(network.eval().state_dict(), path)
-
-
-@pytest.mark.slow  # Inception on a CPU, three times
-@pytest.mark.timeout(1200)
-def test_scores_are_those_of_calculate_metrics_with_1_and_2_processes(tiny_shards, tmp_path, repo_root, monkeypatch):
-    shard_dir = tmp_path / "shards"
-    shard_dir.mkdir()
-    source = sources.list_source(tiny_shards.parent / "images")
-    shards.build(shards.plan(source, image_size=16, limit_per_class=8), shard_dir)
-    with tarfile.open(shard_dir / "shard-000000.tar") as shard:
-        files = [shard.extractfile(member).read() for member in shard if member.name.endswith(".webp")]
-    reals = torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1) for data in files])
-    assert reals.shape == (24, 3, 16, 16)
-    weights = tmp_path / "weights.pth"
-    random_inception_weights(weights, reals)
-    arguments = (
-        "evaluation.num_images=20", "evaluation.batch_size=8", "evaluation.allow_unofficial_weights=true",
-        "evaluation.kid_subset_size=12", f"evaluation.inception_weights={weights}",
-    )  # fmt: skip
-
-    alone = make_run(tmp_path / "runs" / "alone", shard_dir)
-    config = evaluate._read_config(alone, list(arguments))
-    [path] = subject.choose(alone, "newest", config)
-    chosen = subject.read(path, config, open_shard_set(str(shard_dir)))
-    generator = generated.load(chosen.tensors, config, torch.device("cpu"))
-    fakes = torch.cat([generated.sample_block(generator, config, block, torch.device("cpu")) for block in range(3)])
-    expected = torch_fidelity.calculate_metrics(
-        input1=Images(fakes), input2=Images(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=12,
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(weights), cuda=False, cache=False, save_cpu_ram=True, verbose=False,
-        batch_size=20,
-    )  # fmt: skip
-
-    assert launch(monkeypatch, alone, *arguments) == 0
-    shutil.rmtree(shard_dir / "reference")
-    together = make_run(tmp_path / "runs" / "together", shard_dir)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", "configs/accelerate/cpu_two_processes.yaml"]
-    subprocess.run([*launcher, "launch/evaluate.py", together, *arguments], cwd=repo_root, check=True)
-    for run_dir, world_size in ((alone, 1), (together, 2)):
-        result = result_of(run_dir)
-        assert result["provenance"]["world_size"] == world_size
-        found = {name.removesuffix("_unofficial"): score for name, score in result["scores"].items()}
-        assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-        mean = expected["inception_score_mean"]
-        assert found["inception_score_mean"] == pytest.approx(mean, rel=1e-6)
-        assert found["inception_score_std"] == pytest.approx(expected["inception_score_std"], abs=1e-6 * mean)
-        assert found["kid_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
-        assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
 
 
 def save_snapshot(run_dir: Path, config, step: int, **changes) -> Path:
@@ -397,7 +327,7 @@ def test_watching_scores_each_snapshot_once_and_ends_with_the_training(run_of_sn
         (run_of_snapshots / "DONE").write_text(f"{step}\n")  # 8 is less than train.steps, 9 is not
 
     clock = SimpleNamespace(sleep=training_goes_on, perf_counter=time.perf_counter)
-    monkeypatch.setattr(evaluation, "time", clock)
+    monkeypatch.setattr(watch, "time", clock)
     make_samples = generated.make_samples
     with patch.object(generated, "make_samples", side_effect=make_samples) as counted:
         assert launch(monkeypatch, run_of_snapshots, "--watch", *SMOKE) == 0
@@ -435,9 +365,39 @@ def test_a_snapshot_that_was_replaced_is_scored_again(run_of_snapshots, monkeypa
     assert scored_steps(run_of_snapshots) == [2, 4, 4]
 
 
+def test_weights_that_were_given_up_are_neither_the_best_nor_told(run_of_snapshots, monkeypatch, capsys):
+    """Step 4 was scored, then the run went back and made it anew."""
+    config = evaluate._read_config(run_of_snapshots, [])
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "4", *SMOKE) == 0
+    save_snapshot(run_of_snapshots, config, 4, fill=0.01)
+    assert "holds no FID yet of the snapshots" in fails(
+        monkeypatch, capsys, run_of_snapshots, "--checkpoint", "best", *SMOKE
+    )
+    shutil.rmtree(run_of_snapshots / "journals")
+    assert launch(monkeypatch, run_of_snapshots, "--sync") == 0
+    assert not list((run_of_snapshots / "journals").glob("*"))
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_weights_that_are_given_up_while_they_are_scored_are_not_told(run_of_snapshots, monkeypatch, capsys, made_anew):
+    """A rollback takes the snapshot away, and training may have left another one since."""
+    config, write = evaluate._read_config(run_of_snapshots, []), results.write
+
+    def roll_back_and_write(path, result):
+        snapshots.remove_after(run_of_snapshots, 4)
+        if made_anew:
+            save_snapshot(run_of_snapshots, config, 6, fill=0.01)
+        write(path, result)
+
+    monkeypatch.setattr(results, "write", roll_back_and_write)
+    assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "6", *SMOKE) == 0
+    assert "they are not told to MLflow" in capsys.readouterr().err
+    assert not (run_of_snapshots / "journals").exists()
+
+
 def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys):
     """The result that a kill left untold is told too."""
-    with patch.object(evaluation.tracking, "log_evaluation"):
+    with patch.object(tracking, "log_evaluation"):
         assert launch(monkeypatch, run_of_snapshots, "--checkpoint", "all", *SMOKE) == 0
     assert launch(monkeypatch, run_of_snapshots, "--sync", "tracking.enabled=false") == 0
     assert "4 results" in capsys.readouterr().out
@@ -447,6 +407,32 @@ def test_results_are_sent_later_when_asked(run_of_snapshots, monkeypatch, capsys
         for record in journal.read_records(path)[0]
     ]
     assert sorted(record["step"] for record in records) == [2, 3, 4, 6]
+
+
+@pytest.mark.slow  # starts MLflow senders
+@pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # of what MLflow imports
+def test_after_an_outage_sync_tells_each_result_once_at_its_step(run_of_snapshots, monkeypatch, capfd):
+    """No server answers the evaluation; later the runs' own database takes what it could not tell."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        away = f"tracking.uri=http://127.0.0.1:{listener.getsockname()[1]}"
+    for step in (4, 6):
+        with patch.object(tracking, "send_unsent") if step == 4 else nullcontext():
+            assert (
+                launch(monkeypatch, run_of_snapshots, "--checkpoint", step, *SMOKE, "tracking.enabled=true", away) == 0
+            )
+    assert "Connection refused; going on without" in capfd.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for _ in range(2):
+        assert launch(monkeypatch, run_of_snapshots, "--sync", "tracking.enabled=true") == 0
+        assert "2 results" in (said := capfd.readouterr().out) and "0 points and 0 files are not sent yet" in said
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{run_of_snapshots.parent / 'mlflow.db'}")
+    [run] = [run for item in client.search_experiments() for run in client.search_runs([item.experiment_id])]
+    history = client.get_metric_history(run.info.run_id, "eval/fid_random_features")
+    assert [point.step for point in history] == [4, 6]
+    assert len(client.list_artifacts(run.info.run_id, "evaluation/step-00000006")) == 1
 
 
 def test_the_truncation_curve_has_a_table_and_a_plot(run_dir, monkeypatch, capsys):
@@ -467,6 +453,45 @@ def test_each_class_has_a_score_of_its_own(run_dir, monkeypatch):
     assert {(row["name"], row["num_real"]) for row in rows} == {("circle", "30"), ("square", "30"), ("triangle", "30")}
     mean = np.mean([float(row["fid"]) for row in rows])
     assert result_of(run_dir)["scores"]["intra_fid_random_features_10"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_what_fails_beside_the_scores_is_named_and_they_stay(run_dir, monkeypatch, capsys):
+    """The generator collapses at one truncation and in one class."""
+    make_samples, usable = generated.make_samples, generated.usable
+
+    def collapse_at_2(generator, config, extractor, world, threshold):
+        if threshold == 2:
+            raise generated.UnusableSamplesError("collapsed at 2")
+        return make_samples(generator, config, extractor, world, threshold)
+
+    def collapse_in_class_1(images, where):
+        if where.endswith("class 1"):
+            raise generated.UnusableSamplesError(f"{where} collapsed")
+        return usable(images, where)
+
+    monkeypatch.setattr(truncation, "make_samples", collapse_at_2)
+    monkeypatch.setattr(intra_class, "usable", collapse_in_class_1)
+    extras = ("evaluation.truncations=[0.5,2.0]", "evaluation.intra_class_images=10")
+    assert launch(monkeypatch, run_dir, *SMOKE, *extras) == 1
+    result, said = result_of(run_dir), capsys.readouterr()
+    assert np.isfinite(result["scores"]["fid_random_features"])
+    assert not [name for name in result["scores"] if name.startswith("intra_fid")]
+    assert result["not_scored"] == [
+        "truncation 2: collapsed at 2",
+        "intra-class FID: 1 of 3 classes, the first: samples 0 to 9 of class 1 collapsed",
+    ]
+    assert all(f"not scored: {failure}" in said.out and failure in said.err for failure in result["not_scored"])
+    assert len(list((run_dir / "evaluations").rglob("*-truncation.png"))) == 1
+    [table] = (run_dir / "evaluations").rglob("*-classes.csv")
+    assert [row["fid"] == "" for row in csv.DictReader(table.read_text().splitlines())] == [True, False, False]
+
+
+def test_features_that_are_not_finite(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(
+        features.RandomFeatures, "forward", lambda self, images: (images.flatten(1)[:, :64] / 0.0, None)
+    )
+    assert launch(monkeypatch, run_dir, *SMOKE) == 1
+    assert "random-convolutions makes non-finite features of reference statistics" in capsys.readouterr().err
 
 
 def test_real_images_are_scored_by_the_same_path(run_dir, shard_copy, monkeypatch, capsys):

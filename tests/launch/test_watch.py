@@ -19,7 +19,9 @@ from pipeline.journal import read_records
 from pipeline.manifest import open_shard_set
 from pipeline.networks import build_generator
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+TWO_PROCESSES = (
+    sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_two_processes.yaml",
+)  # fmt: skip
 SMOKE = ["evaluation.features=random", "evaluation.num_images=60", "evaluation.kid_subset_size=20"]
 
 
@@ -53,37 +55,53 @@ def run_of_snapshots(config_file) -> Path:
     return config.run_dir
 
 
-def evaluator(run_dir: Path, repo_root: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "launch/evaluate.py", str(run_dir), *arguments, *SMOKE]
+def environment_of(repo_root: Path) -> dict[str, str]:
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=repo_root, env=environment, stderr=subprocess.PIPE, text=True)
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return environment
+
+
+def evaluator(run_dir: Path, repo_root: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [*(launcher or (sys.executable,)), "launch/evaluate.py", str(run_dir), *SMOKE, *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=repo_root,
+        env=environment_of(repo_root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def assert_each_step_once(run_dir: Path, steps: list[int]) -> None:
     assert [results.read(path)["step"] for path in results.published(run_dir)] == steps
     for step in steps:
-        records, _ = read_records(run_dir / "journals" / f"evaluation-{step:08d}.jsonl")
+        [path] = (run_dir / "journals").glob(f"evaluation-{step:08d}-*.jsonl")
+        records, _ = read_records(path)
         names = [name for record in records for name in record["metrics"]]
         assert len(names) == len(set(names)) == 8
         assert {record["step"] for record in records} == {step}
 
 
-@pytest.mark.slow  # a two-process training and an evaluator
+@pytest.mark.slow  # a training and an evaluator of two processes each
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # of what MLflow imports
-def test_watching_a_training_of_two_processes(config_file, tmp_path, repo_root):
-    run_dir = tmp_path / "runs" / "tiny"
-    environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    train = [*LAUNCH, "configs/accelerate/cpu_two_processes.yaml", "launch/train.py", str(config_file)]
-    training = subprocess.Popen(train, cwd=repo_root, env=environment)
+def test_two_processes_watch_a_training_of_two(config_file, tiny_shards, tmp_path, repo_root):
+    """Every snapshot once, at its step in the training's MLflow run; what training imports knows of no evaluation."""
+    run_dir, log = tmp_path / "runs" / "tiny", tmp_path / "imports.txt"
+    train = [*TWO_PROCESSES, "launch/train.py", str(config_file)]
+    environment = environment_of(repo_root) | {"PYTHONPROFILEIMPORTTIME": "1"}
+    with log.open("w") as errors:
+        training = subprocess.Popen(train, cwd=repo_root, env=environment, stderr=errors)
     while not (run_dir / "config.yaml").exists():
         assert training.poll() is None
         time.sleep(0.2)
-    watcher = evaluator(run_dir, repo_root, "--watch")
-    assert training.wait(200) == 0
-    _, errors = watcher.communicate(timeout=200)
+    watcher = evaluator(run_dir, repo_root, "--watch", launcher=TWO_PROCESSES)
+    assert training.wait(400) == 0
+    _, errors = watcher.communicate(timeout=400)
     assert watcher.returncode == 0, errors
     assert_each_step_once(run_dir, [10, 20, 30, 40])
+    assert {results.read(path)["provenance"]["world_size"] for path in results.published(run_dir)} == {2}
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
@@ -92,20 +110,51 @@ def test_watching_a_training_of_two_processes(config_file, tmp_path, repo_root):
     assert sorted(point.step for point in history) == [10, 20, 30, 40]
     assert client.get_metric_history(run.info.run_id, "train/d_loss")
 
+    imported = {
+        line.rpartition("|")[2].strip() for line in log.read_text().splitlines() if line.startswith("import time")
+    }
+    assert "pipeline.trainer" in imported
+    stages = {
+        "evaluation",
+        "watch",
+        "feature_pass",
+        "features",
+        "generated",
+        "scores",
+        "comparison",
+        "report",
+        "reference",
+    }
+    assert not imported & {"torch_fidelity", *(f"pipeline.{name}" for name in stages)}
 
-@pytest.mark.slow  # starts an evaluator a dozen times
-@pytest.mark.timeout(600)
+    arguments = ("--real", f"evaluation.validation_shards={tiny_shards}", "evaluation.num_images=90")
+    real = evaluator(run_dir, repo_root, *arguments, launcher=TWO_PROCESSES)
+    _, errors = real.communicate(timeout=400)
+    assert real.returncode == 0, errors
+    [path] = (run_dir / "evaluations" / "real").glob("*.json")
+    result = results.read(path)
+    assert result["provenance"]["world_size"] == 2
+    assert result["scores"]["real_fid_random_features"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow  # starts an evaluator half a dozen times
+@pytest.mark.timeout(900)
 def test_killed_at_random_moments_no_result_is_lost_doubled_or_half_written(run_of_snapshots, repo_root):
-    moments = random.Random(0)
-    for _ in range(8):
+    """Moments between the first sign of work and some seconds later, however long the start takes on this machine."""
+    moments, seconds_of_start = random.Random(0), 0.0
+    for _ in range(6):
+        started = time.monotonic()
         process = evaluator(run_of_snapshots, repo_root, "--checkpoint", "all")
-        time.sleep(moments.uniform(4, 8))
+        while not (run_of_snapshots / "evaluations").exists() and process.poll() is None:
+            time.sleep(0.02)
+        seconds_of_start = seconds_of_start or time.monotonic() - started
+        time.sleep(max(0.0, seconds_of_start - (time.monotonic() - started)) + moments.uniform(0, 4))
         process.kill()
         process.communicate()
         for path in results.published(run_of_snapshots):
             assert json.loads(path.read_text())["scores"]
     last = evaluator(run_of_snapshots, repo_root, "--checkpoint", "all")
-    _, errors = last.communicate(timeout=200)
+    _, errors = last.communicate(timeout=400)
     assert last.returncode == 0, errors
     assert_each_step_once(run_of_snapshots, [10, 20, 30, 40])
 

@@ -5,10 +5,19 @@ import pytest
 import torch
 import torch_fidelity
 from torch.utils.data import Dataset
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline import features
 from pipeline.config import EvaluationConfig
-from pipeline.features import EvaluationError, frechet_distance, inception_score, random_features, read_weights
+from pipeline.features import (
+    EvaluationError,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    random_features,
+    read_weights,
+)
 
 CPU = torch.device("cpu")
 
@@ -79,6 +88,25 @@ def test_frechet_distance_of_independent_features_by_hand():
 def test_inception_score_of_certain_predictions_is_the_number_of_classes():
     logits = torch.nn.functional.one_hot(torch.arange(40) % 4, 4) * 100.0
     assert inception_score(logits, 1) == pytest.approx((4, 0))
+
+
+@pytest.mark.parametrize("splits", [1, 10])
+def test_the_inception_score_in_parts_is_torch_fidelitys_of_the_whole(splits):
+    """2,505 samples: parts and splits of unequal size."""
+    logits = 3 * torch.randn(2505, 40, generator=torch.Generator().manual_seed(0))
+    expected = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=features.IS_SHUFFLE_SEED)
+    found = inception_score(logits, splits)
+    assert found == pytest.approx(tuple(expected.values()), rel=1e-12)
+
+
+def test_precision_and_recall_in_strips_are_torch_fidelitys():
+    """2,505 and 1,999 features: strips of unequal size."""
+    generator = torch.Generator().manual_seed(0)
+    fakes, reals = (torch.randn(n, 8, generator=generator) * scale for n, scale in ((2505, 0.8), (1999, 1.2)))
+    expected = prc_features_to_metric(fakes, reals, prc_neighborhood=3, save_cpu_ram=False, verbose=False)
+    found = precision_recall(fakes.numpy(), reals.numpy())
+    assert found == (expected["precision"], expected["recall"])
+    assert 0 < found[1] < found[0] < 1
 
 
 def test_random_features_are_the_same_at_every_start():

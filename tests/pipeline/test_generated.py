@@ -179,6 +179,21 @@ def test_standing_statistics_are_the_mean_of_those_of_the_batches(on_ranks):
     torch.testing.assert_close(found.running_var, variances, rtol=1e-4, atol=1e-6)
 
 
+def test_standing_statistics_are_taken_anew_for_each_truncation(on_ranks):
+    config = config_with(num_images=10)
+    config = replace(config, evaluation=replace(config.evaluation, batch_norm="standing", standing_batches=2))
+    generator = generator_for(config)
+
+    def running_means(truncation: float | None) -> torch.Tensor:
+        [prepared] = on_ranks(1, lambda world: generated.with_batch_norm(generator, config, world, truncation))
+        norms = [module for module in prepared.modules() if isinstance(module, CrossReplicaBatchNorm2d)]
+        return torch.cat([norm.running_mean for norm in norms])
+
+    found = [running_means(truncation) for truncation in (None, 1.0, 0.2)]
+    assert not any(torch.equal(found[index], found[index - 1]) for index in range(3))
+    assert torch.equal(found[1], running_means(1.0))
+
+
 def test_balanced_labels_ask_for_every_class_equally_often():
     config = config_with(num_images=12)
     config = replace(config, evaluation=replace(config.evaluation, labels="balanced"))

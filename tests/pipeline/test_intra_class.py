@@ -1,11 +1,13 @@
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.config import ConfigError
 from pipeline.features import frechet_distance
-from pipeline.intra_class import ClassScore, low_rank_fid, write_table
+from pipeline.intra_class import ClassScore, check_classes, low_rank_fid, write_table
 
 
 @pytest.mark.parametrize(("num_fakes", "num_reals"), [(30, 40), (5, 40), (30, 7), (6, 4)])
@@ -29,3 +31,16 @@ def test_the_worst_class_comes_first(tmp_path):
         ("1", "dog, wet", "2.500000"),
         ("0", "cat", "1.000000"),
     ]
+
+
+def test_a_class_that_cannot_be_scored_is_found_before_the_work():
+    def check(num_classes: int, counts: tuple[int, ...]) -> None:
+        config = SimpleNamespace(model=SimpleNamespace(num_classes=num_classes))
+        manifest = SimpleNamespace(class_names=("cat", "dog", "owl"), class_counts=counts)
+        check_classes(config, SimpleNamespace(manifest=manifest))
+
+    check(3, (2, 2, 9))
+    with pytest.raises(ConfigError, match=r"2 class\(es\) have fewer, the first dog"):
+        check(3, (2, 1, 0))
+    with pytest.raises(ConfigError, match="this model has none"):
+        check(0, ())

@@ -301,6 +301,21 @@ def test_evaluation_joins_the_finished_run_at_the_training_step_once(database, r
     assert file.path.endswith("result.json")
 
 
+def test_other_weights_of_a_step_have_a_point_of_their_own(database, run_dir):
+    """As after a rollback: MLflow forgets nothing, so the later point counts and a tag says so."""
+    config = make_config(run_dir)
+    train(config, [1, 2])
+    for weights, fid in (("a" * 64, 9.0), ("a" * 64, 9.0), ("b" * 64, 4.0), ("b" * 64, 4.0)):
+        log_evaluation(off(config), run_dir, 2, {"eval/fid": fid}, weights=weights)
+    log_evaluation(off(config), run_dir, 2, {"eval/fid_raw": 7.0}, weights="c" * 64)
+    deliver(config, run_dir)
+    scores = [point for point in stored_points(database) if point[0].startswith("eval/")]
+    assert scores == [("eval/fid", 2, 4.0), ("eval/fid", 2, 9.0), ("eval/fid_raw", 2, 7.0)]
+    run = only_run(client_of(database))
+    assert run.data.metrics["eval/fid"] == 4.0
+    assert "evaluation.replaced.step-00000002" in run.data.tags
+
+
 def test_evaluation_of_a_training_that_is_under_way_elsewhere(database, run_dir):
     config = make_config(run_dir)
     tracker = open_tracker(off(config), FACTS, is_main=True)

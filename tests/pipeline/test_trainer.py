@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -333,12 +334,61 @@ def test_training_leaves_snapshots_apart_from_checkpoints(configure):
 
 
 def test_the_best_checkpoint_by_fid_outlives_pruning(configure):
-    config = configure("train.keep_checkpoints=1")
-    for step, fid in ((2, 5.0), (4, 9.0)):
-        result = {"step": step, "scores": {"fid": fid}, "protocol": {"num_images": 10}}
-        results.write(config.run_dir / "evaluations" / f"step-{step:08d}" / "key.json", result)
+    """By results of its own weights: those at step 4 were of weights that the run gave up."""
+    config = configure("train.keep_checkpoints=1", "train.steps=2")
     train(config)
+    [first] = checkpoint.published(config.run_dir)
+    for step, fid, weights in ((2, 5.0, checkpoint.hashes_of(first)["ema.safetensors"]), (4, 1.0, "given up")):
+        result = {
+            "step": step, "scores": {"fid": fid}, "protocol": {"num_images": 10},
+            "provenance": {"weights_sha256": weights},
+        }  # fmt: skip
+        results.write(config.run_dir / "evaluations" / f"step-{step:08d}" / "key.json", result)
+    train(configure("train.keep_checkpoints=1"))
     assert [checkpoint.step_of(path) for path in checkpoint.published(config.run_dir)] == [2, 6]
+
+
+def test_a_rollback_takes_back_the_snapshots_of_the_steps_it_gives_up(configure, monkeypatch):
+    """Step 3 is left in a snapshot, step 4 goes wrong, and training goes back to step 2 and on by another way."""
+    config, made, draw, save = configure("evaluation.every_steps=3"), [], Trainer._draw, snapshots.save
+
+    def noted_draw(self, *purpose):
+        if self.redrawn and self.step == 2:
+            assert snapshots.published(config.run_dir) == []  # nothing an evaluation could take for the run's
+        return draw(self, *purpose)
+
+    def noted_save(*arguments):
+        path = save(*arguments)
+        made.append((checkpoint.step_of(path), checkpoint.hashes_of(path)["ema.safetensors"]))
+        return path
+
+    monkeypatch.setattr(Trainer, "_draw", noted_draw)
+    monkeypatch.setattr(snapshots, "save", noted_save)
+    poison(monkeypatch, 4, "generator", "gradient", times=1)
+    train(config)
+    assert [step for step, _ in made] == [3, 3, 6]
+    assert made[0][1] != made[1][1]
+    found = [
+        (checkpoint.step_of(p), checkpoint.hashes_of(p)["ema.safetensors"]) for p in snapshots.published(config.run_dir)
+    ]
+    assert found == made[1:]
+
+
+def test_a_resume_makes_later_snapshots_anew(configure):
+    """As after a kill between a snapshot and the checkpoint, and on another number of processes, say."""
+    config = configure("evaluation.every_steps=3")
+    train(config)
+    of_3, of_6 = snapshots.published(config.run_dir)
+    before = checkpoint.hashes_of(of_3)
+    for path in checkpoint.published(config.run_dir)[1:]:
+        checkpoint.remove(path)
+    state, networks = last_checkpoint(config).state, last_checkpoint(config).networks
+    for step in (3, 5):
+        snapshots.save(config.run_dir, replace(state, step=step), networks)
+    assert checkpoint.hashes_of(of_3)["ema.safetensors"] != before["ema.safetensors"]
+    train(config)
+    assert snapshots.published(config.run_dir) == [of_3, of_6]
+    assert checkpoint.hashes_of(of_3) == before
 
 
 def test_a_damaged_result_file_stops_no_training(configure, capsys):

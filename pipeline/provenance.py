@@ -1,0 +1,34 @@
+"""How exactly scores are computed, and the record of what computed them."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from pipeline import tracking
+from pipeline.world import World, configure_determinism
+
+
+def compute_exactly(device: torch.device) -> None:
+    """Turns off what trades digits or repeatability for speed: TF32, and the search for the fastest convolution."""
+    configure_determinism(True, device)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # a property torch adds late
+
+
+def provenance_of(world: World) -> dict[str, Any]:
+    """Returns what made a result: versions, device, precision, processes, commit."""
+    cuda = world.device.type == "cuda"
+    commit, dirty = tracking.git_state()
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy")},
+        "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
+        "tf32": {
+            "matmul": torch.backends.cuda.matmul.fp32_precision == "tf32",
+            "convolution": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]  # torch leaves it untyped
+        },
+        "world_size": world.size,
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
