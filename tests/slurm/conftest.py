@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
@@ -124,7 +125,17 @@ class Cluster:
 
     def kill_node(self, number: int) -> None:
         """Ends a node with all that runs on it, at once."""
-        os.kill(self.node_pid(number), signal.SIGKILL)
+        if self.has_namespaces:
+            os.kill(self.node_pid(number), signal.SIGKILL)
+            return
+        there = [psutil.Process(self.node_pid(number))]  # slurmd; its steps are no children of it
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") == f"node{number}":
+                    there += [process, process.parent()] if "slurmstepd" in process.parent().name() else [process]
+        for process in there:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def start_node(self, number: int) -> None:
         self._call("node", number)
@@ -259,3 +270,40 @@ def mlflow_uri(cluster, tmp_path_factory):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+# One process a node, and so small that starting it takes longer than its steps.
+SMALL = ["configs/demo.yaml", "run.device=cpu", "model.num_classes=3", "model.g_channels=2", "model.d_channels=4",
+         "train.global_batch_size=8", "train.log_every_steps=5", "train.checkpoint_every_steps=20",
+         "train.sample_every_steps=1000", "evaluation.num_images=64"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stored_shards(new_location, tiny_shards) -> str:
+    from pipeline.upload import upload
+
+    location = new_location()
+    upload(tiny_shards, location)
+    return location
+
+
+@pytest.fixture(scope="session")
+def start(cluster, stored_shards, mlflow_uri, tmp_path_factory):
+    """Function (name, sbatch flags, overrides) -> (job, run directory) of a small training of 90 steps."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def start(name: str, flags: tuple[str, ...] = (), overrides: tuple[str, ...] = (), **more: str):
+        places = more | {"RUN_DIR": str(root / name), "SHARDS": stored_shards, "MLFLOW_TRACKING_URI": mlflow_uri}
+        small = [*SMALL, "train.steps=90", f"data.cache_dir={root}/blocks-{name}", *overrides]
+        job = cluster.sbatch(*flags, "slurm/train_imagenet128.sh", *small, **places, PROCESSES_PER_NODE="1")
+        return job, root / name
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, start):
+    """The job and the run directory that others are compared with."""
+    job, run_dir = start("undisturbed")
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.tell(job)
+    return job, run_dir
