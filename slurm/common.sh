@@ -71,8 +71,8 @@ find_newest() {
     done
 }
 
-# steps_of FILE: train.steps of a configuration that the trainer printed.
-steps_of() { sed -n '/^train:/,/^[^ ]/s/^  steps: //p' "$1"; }
+# steps_of FILE: train.steps of a configuration that the trainer printed; no other key is called just `steps`.
+steps_of() { sed -n 's/.*[{ ]steps: \([0-9]*\).*/\1/p' "$1" | head -n 1; }
 
 # resolve CONFIG section.name=value...: checks it, without its data, and prints it whole.
 resolve() {

@@ -70,6 +70,7 @@ score --watch "$@" &
 step=$!
 while kill -0 $step 2>/dev/null && ! is_over; do nap; done
 steps=$(steps_of "$RUN_DIR/config.yaml") finished=$(cat "$RUN_DIR/DONE" 2>/dev/null || echo 0)
+check_number train.steps "$steps" 1
 if kill -0 $step 2>/dev/null && [ "$finished" -lt "$steps" ]; then
     # No more snapshots will come, so the watch would not end.
     scancel --quiet "$SLURM_JOB_ID.0"

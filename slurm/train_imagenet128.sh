@@ -84,6 +84,7 @@ on_nodes -- check_node "${arguments[@]}" || {
 }
 
 steps=$(steps_of "$RUN_DIR/logs/$SLURM_JOB_ID-plan.txt")
+check_number train.steps "$steps" 1
 finished=$(cat "$RUN_DIR/DONE" 2>/dev/null)
 [ "${finished:-0}" -lt "$steps" ] || { say "finished: $finished steps are done; a larger train.steps goes on"; exit 0; }
 find_newest "$RUN_DIR/checkpoints"; before=$newest

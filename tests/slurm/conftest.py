@@ -40,8 +40,8 @@ class Cluster:
         launcher: the file behind `accelerate` on the nodes.
     """
 
-    def __init__(self, directory: Path, logs: Path):
-        self._directory, self.logs = directory, logs
+    def __init__(self, directory: Path, logs: Path, *prefix: str):
+        self._directory, self.logs, self._prefix = directory, logs, prefix
         self._call("up", free_ports(), os.getpid())
         self.address = (directory / "address").read_text().strip()
         self.has_namespaces = (directory / "layout").read_text().strip() == "namespaces"
@@ -55,7 +55,7 @@ class Cluster:
 
     def _call(self, command: str, *arguments: object) -> None:
         script = [str(REPO / "tests/servers/slurm.sh"), command, str(self._directory), *map(str, arguments)]
-        done = subprocess.run(script, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([*self._prefix, *script], capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
@@ -197,17 +197,29 @@ def free_ports() -> int:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def new_cluster(tmp_path_factory):
+    """Function (command and flags that start it) -> context of a cluster."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
         pytest.skip(f"no {', '.join(missing)} here; as root: {INSTALL}")
-    root = tmp_path_factory.mktemp("slurm")
-    (root / "logs").mkdir()
-    cluster = Cluster(root / "cluster", root / "logs")
-    try:
+
+    @contextlib.contextmanager
+    def new(*prefix: str):
+        root = tmp_path_factory.mktemp("slurm")
+        (root / "logs").mkdir()
+        cluster = Cluster(root / "cluster", root / "logs", *prefix)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def cluster(new_cluster):
+    with new_cluster() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.fixture
