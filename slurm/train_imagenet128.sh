@@ -68,6 +68,7 @@ usr1=0 term=0 hit=0 step=""
 # shellcheck disable=SC2329  # by the trap
 on_usr1() {  # again and again, as a trainer that is still importing does not hear it; no $(...) in what a trap may hit
     hit=1; [ "$usr1" = 0 ] || return; usr1=1
+    say "SIGUSR1: time limit or preemption; the trainer is asked for a checkpoint"
     [ -z "$step" ] || ( trap - USR1 TERM; while kill -0 "$step" 2>/dev/null; do
         scancel --quiet --signal=USR1 "$SLURM_JOB_ID"; sleep 10; done ) &
 }
@@ -99,10 +100,11 @@ if [ "$usr1$term" = 00 ]; then
     step=$!
     while hit=0; wait "$step"; code=$?; [ "$code" = 127 ] || rc=$code; [ "$hit" = 1 ]; do :; done
 fi
+trap '' USR1; trap - TERM
 find_newest "$RUN_DIR/checkpoints"
 say "ended with status $rc at step $newest (USR1 $usr1, TERM $term)"
 
-requeue() { say "requeued: $*"; trap '' USR1; trap - TERM; scontrol requeue "$SLURM_JOB_ID"; exit 0; }
+requeue() { say "requeued: $*"; scontrol requeue "$SLURM_JOB_ID"; exit 0; }
 requeue_if_few() {  # counted in a file, as SLURM_RESTART_COUNT also counts preemptions
     echo "$start: $*" >>"$RUN_DIR/logs/$SLURM_JOB_ID.requeues"
     [ "$(wc -l <"$RUN_DIR/logs/$SLURM_JOB_ID.requeues")" -gt "$MAX_REQUEUES" ] || requeue "$@"
@@ -110,7 +112,9 @@ requeue_if_few() {  # counted in a file, as SLURM_RESTART_COUNT also counts pree
 }
 finished=$(cat "$RUN_DIR/DONE" 2>/dev/null)
 if [ "${finished:-0}" -ge "$steps" ]; then say "finished: $finished steps are done"; exit 0; fi
-[ "$term" = 0 ] || exit 143  # scancel, admin requeue, node failure: Slurm has decided, and a requeue would undo a scancel
+[ "$term" = 0 ] || exit 143  # scancel, admin requeue: Slurm has decided, and a requeue would undo a scancel
+# Of a node's death srun hears before this script does.
+if scontrol show job "$SLURM_JOB_ID" | grep JobState=PENDING >/dev/null; then say "requeued by Slurm: a node failed"; exit 143; fi
 if [ "$usr1" = 1 ]; then
     [ "$newest" -gt "$before" ] && requeue "time limit or preemption, checkpoint $newest"
     requeue_if_few "time limit or preemption without a new checkpoint"

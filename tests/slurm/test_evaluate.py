@@ -16,6 +16,9 @@ def test_an_evaluation_watches_a_training_and_ends_when_that_does(cluster, start
     watch = cluster.sbatch("slurm/evaluate.sh", run_dir, WATCH_JOB=train)  # before there is anything to see
     cluster.wait_until(lambda: 200 in scored_steps(run_dir), 240, watch)
     assert (cluster.state(train), cluster.state(watch)) == ("RUNNING", "RUNNING")
+    cluster.ask("scancel", "--batch", "--signal=USR1", watch)  # as Slurm does near the time limit
+    cluster.wait_for_restart(watch, 1)
+    assert "requeued: time limit or preemption; what is scored stays" in cluster.log(watch)
     cluster.ask("scancel", train)
     assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
     assert "has left the queue before step 1000000; its last snapshot is of step" in cluster.log(watch)

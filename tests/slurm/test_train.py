@@ -4,6 +4,7 @@ Starting two processes takes longest here, so each job goes through several even
 to wait in the queue passes during other tests.
 """
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -67,13 +68,34 @@ def steps_of(run_dir: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
 
 
-def wait_for_step(cluster, run_dir: Path, job: str, step: int) -> None:
-    for _ in range(240):
-        if steps_of(run_dir) >= step:
-            return
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    wanted = f"run.name={run_dir.name}"
+    found = [process for process in psutil.process_iter(["cmdline"]) if wanted in (process.info["cmdline"] or ())]
+    return [process for process in found if process.info["cmdline"][1:3] == ["-u", "launch/train.py"]]
+
+
+@contextlib.contextmanager
+def frozen_at(cluster, run_dir: Path, job: str, step: int):
+    """Stops the ranks soon after a step, so that however fast they are what happens next happens there."""
+    deadline = time.monotonic() + 240
+    while steps_of(run_dir) < step:
         assert cluster.state(job) in ("PENDING", "RUNNING"), cluster.tell(job)
-        time.sleep(0.5)
-    raise AssertionError(f"no step {step}: {cluster.tell(job)} {node_log(run_dir, job)}")
+        assert time.monotonic() < deadline, f"no step {step}: {cluster.tell(job)} {node_log(run_dir, job)}"
+        time.sleep(0.2)
+    ranks = ranks_of(run_dir)
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
+def wait_for_line(cluster, job: str, line: str, times: int = 1) -> None:
+    cluster.wait_until(lambda: cluster.log(job).count(line) == times, 120, job)
 
 
 def assert_as_undisturbed(cluster, undisturbed, mlflow_uri, job: str, run_dir: Path, restarts: int) -> None:
@@ -89,21 +111,22 @@ def assert_as_undisturbed(cluster, undisturbed, mlflow_uri, job: str, run_dir: P
 def struck(cluster, start, undisturbed):
     """A job that had a crash after a checkpoint, an admin's requeue, and the death of a node; held in the queue."""
     job, run_dir = start("struck", ("--partition=preempt",))
-    wait_for_step(cluster, run_dir, job, 25)  # past a checkpoint
-    kill_a_rank(run_dir)
+    with frozen_at(cluster, run_dir, job, 25) as ranks:
+        ranks[0].kill()
     cluster.wait_for_restart(job, 1)
     assert "requeued: a crash, with a newer checkpoint (20) than at the start (0)" in cluster.log(job)
 
-    wait_for_step(cluster, run_dir, job, 30)
-    cluster.ask("scontrol", "requeue", job)
+    with frozen_at(cluster, run_dir, job, 25):
+        cluster.ask("scontrol", "requeue", job)
     cluster.wait_for_restart(job, 2)
     first = steps_of(run_dir)
     assert first == checkpoint.step_of(checkpoint.published(run_dir)[-1]), "TERM saved before the end"
 
-    wait_for_step(cluster, run_dir, job, first + 21)  # past a checkpoint
-    cluster.kill_node(2)
+    with frozen_at(cluster, run_dir, job, first + 5):
+        cluster.kill_node(2)
     # No short cut now: a new run on the returned node can be hit by the end of the old one.
     cluster.wait_for(job, "PENDING")
+    assert cluster.log(job).count("requeued by Slurm: a node failed") == 1
     cluster.ask("scontrol", "hold", job)
     cluster.start_node(2)
     return job, run_dir
@@ -112,14 +135,19 @@ def struck(cluster, start, undisturbed):
 @pytest.mark.slow
 def test_a_time_limit_and_a_preemption_change_nothing(cluster, start, undisturbed, struck, mlflow_uri):
     job, run_dir = start("warned", ("--partition=preempt",))
-    wait_for_step(cluster, run_dir, job, 10)
-    cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=5")  # the header asks for USR1 at 300 s before the end
+    asked = "SIGUSR1: time limit or preemption; the trainer is asked for a checkpoint"
+    with frozen_at(cluster, run_dir, job, 10):
+        cluster.ask(
+            "scontrol", "update", f"jobid={job}", "timelimit=5"
+        )  # the header asks for USR1 300 s before the end
+        wait_for_line(cluster, job, asked)
     cluster.wait_for_restart(job, 1, before=("timelimit=60",))
     first = steps_of(run_dir)
     assert f"requeued: time limit or preemption, checkpoint {first}" in cluster.log(job)
 
-    wait_for_step(cluster, run_dir, job, first + 10)
-    other = cluster.sbatch("--partition=main", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    with frozen_at(cluster, run_dir, job, first + 5):
+        other = cluster.sbatch("--partition=main", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+        wait_for_line(cluster, job, asked, 2)
     assert cluster.wait_for_end(other) == "COMPLETED"
     cluster.wait_for_restart(job, 2)
     assert cluster.log(job).count("requeued: time limit or preemption, checkpoint") == 2
@@ -137,32 +165,26 @@ def test_a_crash_an_admins_requeue_and_the_death_of_a_node_change_nothing(cluste
 @pytest.mark.slow
 def test_scancel_is_for_good_and_the_same_command_goes_on(cluster, start):
     job, run_dir = start("cancelled")
-    wait_for_step(cluster, run_dir, job, 5)
-    cluster.ask("scancel", job)
+    with frozen_at(cluster, run_dir, job, 5):
+        cluster.ask("scancel", job)
     assert cluster.wait_for_end(job) == "CANCELLED"
     saved = checkpoint.step_of(checkpoint.published(run_dir)[-1])
 
     # Meanwhile it could have come back. A crash before the next checkpoint is not tried again.
     next_job, _ = start("cancelled", (), ("train.checkpoint_every_steps=1000",))
-    wait_for_step(cluster, run_dir, next_job, saved + 5)
-    kill_a_rank(run_dir)
+    with frozen_at(cluster, run_dir, next_job, saved + 5) as ranks:
+        ranks[0].kill()
     assert cluster.wait_for_end(next_job) == "FAILED"
     assert f"no newer checkpoint than {saved}, so it is not tried again" in cluster.log(next_job)
     assert cluster.state(job) == "CANCELLED" and "requeued" not in cluster.log(job) + cluster.log(next_job)
 
     # One after a checkpoint would be, but not more than MAX_REQUEUES times.
-    next_job, _ = start("cancelled", (), (), MAX_REQUEUES="0")
-    cluster.wait_until(lambda: checkpoint.step_of(checkpoint.published(run_dir)[-1]) > saved, 240, next_job)
-    kill_a_rank(run_dir)
+    next_job, _ = start("cancelled", (), ("train.checkpoint_every_steps=5",), MAX_REQUEUES="0")
+    with frozen_at(cluster, run_dir, next_job, saved + 15) as ranks:
+        ranks[0].kill()
     assert cluster.wait_for_end(next_job) == "FAILED"
     assert "a crash, with a newer checkpoint" in cluster.log(next_job)
     assert "MAX_REQUEUES=0 is reached; the same command goes on from step" in cluster.log(next_job)
-
-
-def kill_a_rank(run_dir: Path) -> None:
-    wanted = f"run.name={run_dir.name}"
-    ranks = [process for process in psutil.process_iter(["cmdline"]) if wanted in (process.info["cmdline"] or ())]
-    next(rank for rank in ranks if rank.info["cmdline"][1:3] == ["-u", "launch/train.py"]).kill()
 
 
 @pytest.mark.slow
