@@ -96,7 +96,8 @@ address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export address port=$((20000 + SLURM_JOB_ID % 10000))
 rc=0
 if [ "$usr1$term" = 00 ]; then
-    on_nodes --wait=120 --output="$RUN_DIR/logs/%j-node%n.log" -- launch "${arguments[@]}" &
+    # One rank's failure ends all at once. Longer than SlurmdTimeout (mostly 300 s), so that a dead node is Slurm's to notice.
+    on_nodes --wait=900 --output="$RUN_DIR/logs/%j-node%n.log" -- launch "${arguments[@]}" &
     step=$!
     while hit=0; wait "$step"; code=$?; [ "$code" = 127 ] || rc=$code; [ "$hit" = 1 ]; do :; done
 fi

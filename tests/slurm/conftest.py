@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -101,12 +102,17 @@ class Cluster:
         """Waits until the job runs again; a requeued job is held for two minutes, which are cut short."""
         self.wait_until(lambda: self._restarts(job) == (restarts, "PENDING"), seconds, job)
         time.sleep(4)  # sooner, the controller may still be ending the run before
+        # What a node did not answer is sent again after a minute, and would hit the new run: its ids are the same.
+        self.wait_until(self._has_nothing_to_send, 150, job)
         self.ask("scontrol", "update", f"jobid={job}", *before, "starttime=now")
         self.wait_until(lambda: self.state(job) != "PENDING", 60, job)
 
     def _restarts(self, job: str) -> tuple[int, str]:
         facts = self.facts(job)
         return int(facts["Restarts"]), facts["JobState"]
+
+    def _has_nothing_to_send(self) -> bool:
+        return re.findall(r"^Agent (?:queue size|count): +(\d+)", self.ask("sdiag"), re.MULTILINE) == ["0", "0"]
 
     def log(self, job: str) -> str:
         """What the job's own log holds."""
