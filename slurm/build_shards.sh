@@ -37,7 +37,7 @@ check_number MAX_REQUEUES "$MAX_REQUEUES" 0
 case $shards in s3://?*) ;; *) { mkdir -p "$shards" && [ -w "$shards" ]; } || fail "SHARDS=$shards cannot be written" ;; esac
 
 if ! in_job; then
-    (prepare; python launch/shards.py --help >/dev/null) || fail "launch/shards.py does not start here; set SETUP"
+    ! can_check || (prepare; python launch/shards.py --help >/dev/null) || fail "launch/shards.py does not start here; set SETUP"
     [ "$mode" = --check ] && exit 0
     export PARTS
     build=$(submit --array="0-$((PARTS - 1))" slurm/build_shards.sh "$source" "$shards" "$@") || exit 1

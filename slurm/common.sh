@@ -25,6 +25,12 @@ prepare() {
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 }
 
+# Whether the inputs can be checked on this machine, which need not have what is in CONTAINER.
+can_check() {
+    [ -z "${CONTAINER:-}" ] || (prepare; python -c "import accelerate, torch") 2>/dev/null || {
+        echo "note: the inputs are not checked here, as this machine has only CONTAINER; the job will" >&2; return 1; }
+}
+
 # on_nodes SRUN_FLAGS... -- COMMAND...: one task a node, prepared; USR1 is for the trainer, launchers would die of it.
 on_nodes() {
     local flags=()

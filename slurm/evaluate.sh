@@ -37,7 +37,7 @@ if ! in_job; then
             case $1 in --watch | --real | --sync) ;; --until-step) shift ;; *) checked+=("$1") ;; esac; shift
         done
         # This machine need not have the GPU that the run's configuration asks for.
-        (prepare; python launch/evaluate.py "$RUN_DIR" --check "${checked[@]}" run.device=cpu) >&2 || exit 1
+        ! can_check || (prepare; python launch/evaluate.py "$RUN_DIR" --check "${checked[@]}" run.device=cpu) >&2 || exit 1
     fi
     [ -z "$check_only" ] || exit 0
     submit slurm/evaluate.sh "$RUN_DIR" "${given[@]}"

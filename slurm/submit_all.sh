@@ -31,12 +31,14 @@ evaluate() { local waits=$1; shift; SBATCH_FLAGS="${EVALUATE_SBATCH:-} $waits" s
 # All checks before anything is queued.
 [ -z "${SOURCE:-}" ] || build --check || exit 1
 train "${SOURCE:+--dependency=later}" --check "$config" "$@" || exit 1
-like=$(mktemp -d)  # a run as it will be, for the evaluation to look at
-trap 'rm -rf "$like"' EXIT
-(prepare; resolve "$config" ${SHARDS:+"data.shards=$SHARDS"} "$@" "run.dir=$like" run.name=run) >"$like/config.yaml" || exit 1
-if ! evaluate "" --check "$like" 2>"$like/told"; then
-    # Shards that have still to be made are no fault; a mistyped argument is.
-    if [ -z "${SOURCE:-}" ] || grep -q "error: " "$like/told"; then cat "$like/told" >&2; exit 1; fi
+if can_check 2>/dev/null; then
+    like=$(mktemp -d)  # a run as it will be, for the evaluation to look at
+    trap 'rm -rf "$like"' EXIT
+    (prepare; resolve "$config" ${SHARDS:+"data.shards=$SHARDS"} "$@" "run.dir=$like" run.name=run) >"$like/config.yaml" || exit 1
+    if ! evaluate "" --check "$like" 2>"$like/told"; then
+        # Shards that have still to be made are no fault; a mistyped argument is.
+        if [ -z "${SOURCE:-}" ] || grep -q "error: " "$like/told"; then cat "$like/told" >&2; exit 1; fi
+    fi
 fi
 
 waits=""

@@ -51,7 +51,7 @@ check_number MAX_REQUEUES "$MAX_REQUEUES" 0
 arguments=("$CONFIG" run.device=cuda ${SHARDS:+"data.shards=$SHARDS"} "$@" "run.dir=${RUN_DIR%/*}" "run.name=${RUN_DIR##*/}")
 
 if ! in_job; then
-    (
+    ! can_check || (
         prepare
         case ${SBATCH_FLAGS:-} in
         *--dependency*) resolve "${arguments[@]}" ;;  # its shards may still have to be made

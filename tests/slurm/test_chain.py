@@ -87,6 +87,14 @@ def test_wrong_inputs_of_any_stage_are_told_before_anything_is_queued(
     assert cluster.ask("squeue", "--noheader", "--states=all") == before
 
 
+def test_a_machine_that_has_only_a_container_says_that_it_cannot_check(cluster, tmp_path):
+    without_python = {"CONTAINER": "sagan.sqsh", "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
+    done = cluster.command(
+        "slurm/train_imagenet128.sh", "--check", *SMALL, RUN_DIR=str(tmp_path / "run"), **without_python
+    )
+    assert done.returncode == 0 and "the inputs are not checked here" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["train_imagenet128.sh", "build_shards.sh", "evaluate.sh", "submit_all.sh"])
 def test_help_teaches(cluster, repo_root, script):
     done = cluster.command("env", f"--chdir={cluster.logs}", repo_root / "slurm" / script, "--help")
