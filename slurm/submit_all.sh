@@ -21,12 +21,11 @@ case ${1:-} in "" | *=*) ;; *) config=$1; shift ;; esac
 name=${config##*/}
 export RUN_DIR; RUN_DIR=$(realpath -m "${RUN_DIR:-runs/${name%.*}}")
 [ -z "${SOURCE:-}" ] || [ -n "${SHARDS:-}" ] || fail "SOURCE is given, but not SHARDS, where to build: SHARDS=DIR_OR_S3"
-# Flags in one variable are several words, so without quotes.
-# shellcheck disable=SC2086
-build() { SBATCH_FLAGS="${BUILD_SBATCH:-}" slurm/build_shards.sh "$@" "$SOURCE" "$SHARDS" ${BUILD_ARGUMENTS:-}; }
+read -ra build_arguments <<<"${BUILD_ARGUMENTS:-}"
+read -ra evaluate_arguments <<<"${EVALUATE_ARGUMENTS:-}"
+build() { SBATCH_FLAGS="${BUILD_SBATCH:-}" slurm/build_shards.sh "$@" "$SOURCE" "$SHARDS" "${build_arguments[@]}"; }
 train() { local waits=$1; shift; SBATCH_FLAGS="${TRAIN_SBATCH:-} $waits" slurm/train_imagenet128.sh "$@"; }
-# shellcheck disable=SC2086
-evaluate() { local waits=$1; shift; SBATCH_FLAGS="${EVALUATE_SBATCH:-} $waits" slurm/evaluate.sh "$@" ${EVALUATE_ARGUMENTS:-}; }
+evaluate() { local waits=$1; shift; SBATCH_FLAGS="${EVALUATE_SBATCH:-} $waits" slurm/evaluate.sh "$@" "${evaluate_arguments[@]}"; }
 
 # All checks before anything is queued.
 [ -z "${SOURCE:-}" ] || build --check || exit 1

@@ -293,7 +293,7 @@ def mlflow_uri(cluster, tmp_path_factory):
 # One process a node, and so small that starting it takes longer than its steps.
 SMALL = ["configs/demo.yaml", "run.device=cpu", "model.num_classes=3", "model.g_channels=2", "model.d_channels=4",
          "train.global_batch_size=8", "train.log_every_steps=5", "train.checkpoint_every_steps=20",
-         "train.sample_every_steps=1000", "evaluation.num_images=64"]  # fmt: skip
+         "train.sample_every_steps=1000", "evaluation.num_images=64", "evaluation.kid_subset_size=32"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,11 @@ def chain(cluster, tiny_shards, tmp_path):
         small = f"{flags} --cpus-per-task=1"
         places = {"SOURCE": str(tiny_shards.parent / "images"), "SHARDS": str(tmp_path / "shards"), "PARTS": "4"}
         places |= {"RUN_DIR": str(tmp_path / "runs/chain"), "PROCESSES_PER_NODE": "1", "BUILD_SBATCH": small}
-        places |= {"TRAIN_SBATCH": flags, "EVALUATE_SBATCH": flags, "EVALUATE_ARGUMENTS": "evaluation.num_images=64"}
+        places |= {
+            "TRAIN_SBATCH": flags,
+            "EVALUATE_SBATCH": flags,
+            "EVALUATE_ARGUMENTS": "evaluation.num_images=64 evaluation.kid_subset_size=32",
+        }
         places |= {"BUILD_ARGUMENTS": "--size 16 --samples-per-shard 12 --workers 1"}
         done = cluster.command("slurm/submit_all.sh", *SMALL, **places | environment)
         assert done.returncode == 0, done.stderr
