@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.manifest import open_shard_set
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900, func_only=True)]
 slow = pytest.mark.slow
 SMALL = ["configs/demo.yaml", "run.device=cpu", "model.num_classes=3", "model.g_channels=2", "model.d_channels=4",
          "train.global_batch_size=8", "train.steps=10", "tracking.enabled=false"]  # fmt: skip

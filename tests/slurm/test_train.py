@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import checkpoint
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900, func_only=True)]
 SCRIPT = "slurm/train_imagenet128.sh"
 STEPS = 90  # of `undisturbed`
 
