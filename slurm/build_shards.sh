@@ -21,21 +21,23 @@
 ## goes on where it was, MAX_REQUEUES times (3); when it fails for good, all that waits for it is cancelled. Variables:
 ##   PARTS  8            MAX_REQUEUES  3           SETUP, CONTAINER, CONTAINER_MOUNTS  as in train_imagenet128.sh
 ##   SCRATCH  local disk for shards on their way to s3://, default TMPDIR            SBATCH_FLAGS  for both jobs
-set -uo pipefail
-[ -n "${SLURM_JOB_ID:-}" ] || { [ "${1:-}" != --help ] || { . "${0%/*}/common.sh"; help "$0"; }; cd "${0%/*}/.." || exit; }
+set -euo pipefail
+script=$(realpath "$0")
+[ "${0##*/}" = slurm_script ] || cd "${script%/*}/.."
 . slurm/common.sh || { echo "error: $PWD is not the checkout; submit from its root: cd CHECKOUT && sbatch slurm/..." >&2; exit 1; }
 
 mode=""
-case ${1:-} in --help) help "$0" ;; --check | --merge) mode=$1; shift ;; esac
+case ${1:-} in --help) help "$script" ;; --check | --merge) mode=$1; shift ;; esac
 [ $# -ge 2 ] || fail "build_shards.sh takes SOURCE and SHARDS; --help tells more"
 source=$1 shards=$2; shift 2
-PARTS=${PARTS:-8}
-case $PARTS in "" | 0 | *[!0-9]*) fail "PARTS=$PARTS is no number of parts" ;; esac
+PARTS=${PARTS:-8} MAX_REQUEUES=${MAX_REQUEUES:-3}
+check_number PARTS "$PARTS" 1
+check_number MAX_REQUEUES "$MAX_REQUEUES" 0
 [ -r "$source" ] || fail "SOURCE=$source cannot be read on $(hostname)"
-case $shards in s3://?*) ;; *) mkdir -p "$shards" && [ -w "$shards" ] || fail "SHARDS=$shards cannot be written" ;; esac
+case $shards in s3://?*) ;; *) { mkdir -p "$shards" && [ -w "$shards" ]; } || fail "SHARDS=$shards cannot be written" ;; esac
 
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-    (prepare; python launch/shards.py --help >/dev/null) || fail "launch/shards.py does not start here; set SETUP"
+if ! in_job; then
+    ! can_check || (prepare; python launch/shards.py --help >/dev/null) || fail "launch/shards.py does not start here; set SETUP"
     [ "$mode" = --check ] && exit 0
     export PARTS
     build=$(submit --array="0-$((PARTS - 1))" slurm/build_shards.sh "$source" "$shards" "$@") || exit 1
@@ -47,10 +49,10 @@ fi
 
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID what="part ${SLURM_ARRAY_TASK_ID} of $PARTS"
 again() {  # REASON: what is finished stays, so the next start goes on from here
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_REQUEUES:-3}" ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ]; then
         say "requeued: $what: $1"; trap '' USR1; scontrol requeue "$task"; exit 0
     fi
-    fail "$what: $1, and MAX_REQUEUES=${MAX_REQUEUES:-3} is reached. What waits for this job is cancelled; once the cause is gone, submit the same again: finished shards are kept"
+    fail "$what: $1, and MAX_REQUEUES=$MAX_REQUEUES is reached. What waits for this job is cancelled; once the cause is gone, submit the same again: finished shards are kept"
 }
 trap 'again "time limit or preemption"' USR1
 

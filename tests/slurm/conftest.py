@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
@@ -39,8 +41,8 @@ class Cluster:
         launcher: the file behind `accelerate` on the nodes.
     """
 
-    def __init__(self, directory: Path, logs: Path):
-        self._directory, self.logs = directory, logs
+    def __init__(self, directory: Path, logs: Path, *prefix: str):
+        self._directory, self.logs, self._prefix = directory, logs, prefix
         self._call("up", free_ports(), os.getpid())
         self.address = (directory / "address").read_text().strip()
         self.has_namespaces = (directory / "layout").read_text().strip() == "namespaces"
@@ -54,7 +56,7 @@ class Cluster:
 
     def _call(self, command: str, *arguments: object) -> None:
         script = [str(REPO / "tests/servers/slurm.sh"), command, str(self._directory), *map(str, arguments)]
-        done = subprocess.run(script, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([*self._prefix, *script], capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
@@ -100,12 +102,17 @@ class Cluster:
         """Waits until the job runs again; a requeued job is held for two minutes, which are cut short."""
         self.wait_until(lambda: self._restarts(job) == (restarts, "PENDING"), seconds, job)
         time.sleep(4)  # sooner, the controller may still be ending the run before
+        # What a node did not answer is sent again after a minute, and would hit the new run: its ids are the same.
+        self.wait_until(self._has_nothing_to_send, 150, job)
         self.ask("scontrol", "update", f"jobid={job}", *before, "starttime=now")
         self.wait_until(lambda: self.state(job) != "PENDING", 60, job)
 
     def _restarts(self, job: str) -> tuple[int, str]:
         facts = self.facts(job)
         return int(facts["Restarts"]), facts["JobState"]
+
+    def _has_nothing_to_send(self) -> bool:
+        return re.findall(r"^Agent (?:queue size|count): +(\d+)", self.ask("sdiag"), re.MULTILINE) == ["0", "0"]
 
     def log(self, job: str) -> str:
         """What the job's own log holds."""
@@ -124,7 +131,17 @@ class Cluster:
 
     def kill_node(self, number: int) -> None:
         """Ends a node with all that runs on it, at once."""
-        os.kill(self.node_pid(number), signal.SIGKILL)
+        if self.has_namespaces:
+            os.kill(self.node_pid(number), signal.SIGKILL)
+            return
+        there = [psutil.Process(self.node_pid(number))]  # slurmd; its steps are no children of it
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") == f"node{number}":
+                    there += [process, process.parent()] if "slurmstepd" in process.parent().name() else [process]
+        for process in there:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def start_node(self, number: int) -> None:
         self._call("node", number)
@@ -186,17 +203,29 @@ def free_ports() -> int:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def new_cluster(tmp_path_factory):
+    """Function (command and flags that start it) -> context of a cluster."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
         pytest.skip(f"no {', '.join(missing)} here; as root: {INSTALL}")
-    root = tmp_path_factory.mktemp("slurm")
-    (root / "logs").mkdir()
-    cluster = Cluster(root / "cluster", root / "logs")
-    try:
+
+    @contextlib.contextmanager
+    def new(*prefix: str):
+        root = tmp_path_factory.mktemp("slurm")
+        (root / "logs").mkdir()
+        cluster = Cluster(root / "cluster", root / "logs", *prefix)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def cluster(new_cluster):
+    with new_cluster() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.fixture
@@ -259,3 +288,40 @@ def mlflow_uri(cluster, tmp_path_factory):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+# One process a node, and so small that starting it takes longer than its steps.
+SMALL = ["configs/demo.yaml", "run.device=cpu", "model.num_classes=3", "model.g_channels=2", "model.d_channels=4",
+         "train.global_batch_size=8", "train.log_every_steps=5", "train.checkpoint_every_steps=20",
+         "train.sample_every_steps=1000", "evaluation.num_images=64", "evaluation.kid_subset_size=32"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stored_shards(new_location, tiny_shards) -> str:
+    from pipeline.upload import upload
+
+    location = new_location()
+    upload(tiny_shards, location)
+    return location
+
+
+@pytest.fixture(scope="session")
+def start(cluster, stored_shards, mlflow_uri, tmp_path_factory):
+    """Function (name, sbatch flags, overrides) -> (job, run directory) of a small training of 90 steps."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def start(name: str, flags: tuple[str, ...] = (), overrides: tuple[str, ...] = (), **more: str):
+        places = more | {"RUN_DIR": str(root / name), "SHARDS": stored_shards, "MLFLOW_TRACKING_URI": mlflow_uri}
+        small = [*SMALL, "train.steps=90", f"data.cache_dir={root}/blocks-{name}", *overrides]
+        job = cluster.sbatch(*flags, "slurm/train_imagenet128.sh", *small, **places, PROCESSES_PER_NODE="1")
+        return job, root / name
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, start):
+    """The job and the run directory that others are compared with."""
+    job, run_dir = start("undisturbed")
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.tell(job)
+    return job, run_dir

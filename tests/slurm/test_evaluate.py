@@ -1,0 +1,41 @@
+"""`slurm/evaluate.sh`: beside a training, and after it."""
+
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
+
+
+def scored_steps(run_dir) -> set[int]:
+    return {int(path.parent.name.removeprefix("step-")) for path in run_dir.glob("evaluations/step-*/*.json")}
+
+
+def test_an_evaluation_watches_a_training_and_ends_when_that_does(cluster, start):
+    """The training is on one node and would not end by itself; the evaluation is on the other."""
+    overrides = ("train.steps=1000000", "evaluation.every_steps=200", "train.checkpoint_every_steps=1000")
+    train, run_dir = start("watched", ("--nodes=1",), overrides)
+    watch = cluster.sbatch("slurm/evaluate.sh", run_dir, WATCH_JOB=train)  # before there is anything to see
+    cluster.wait_until(lambda: 200 in scored_steps(run_dir), 240, watch)
+    assert (cluster.state(train), cluster.state(watch)) == ("RUNNING", "RUNNING")
+    cluster.ask("scancel", "--batch", "--signal=USR1", watch)  # as Slurm does near the time limit
+    cluster.wait_for_restart(watch, 1)
+    assert "requeued: time limit or preemption; what is scored stays" in cluster.log(watch)
+    cluster.ask("scancel", train)
+    assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
+    assert "has left the queue before step 1000000; its last snapshot is of step" in cluster.log(watch)
+    snapshots = {int(path.name.removeprefix("step-")) for path in run_dir.glob("snapshots/step-*")}
+    assert scored_steps(run_dir) == snapshots
+
+
+def test_a_run_is_scored_after_its_end(cluster, undisturbed):
+    """Submitted by the script itself, after its check of the inputs."""
+    job, run_dir = undisturbed
+    flags = f"--output={cluster.logs}/%x-%j.out"
+    watch = cluster.ask("slurm/evaluate.sh", run_dir, "evaluation.seed=1", WATCH_JOB=job, SBATCH_FLAGS=flags)
+    assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
+    assert f"job {job} is over, all snapshots are scored" in cluster.log(watch)
+    assert scored_steps(run_dir) == {90}
+
+
+def test_a_run_that_is_not_there_is_told_before_anything_is_queued(cluster, tmp_path):
+    done = cluster.command("slurm/evaluate.sh", tmp_path / "run")
+    assert done.returncode == 1 and f"error: {tmp_path}/run is no run: it holds no config.yaml" in done.stderr
