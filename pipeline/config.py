@@ -207,7 +207,7 @@ FREE_TO_CHANGE = frozenset(
         "data.shards", "data.num_workers", "data.prefetch_batches", "data.cache_dir", "data.cache_bytes",
         "train.steps", "train.log_every_steps", "train.sample_every_steps", "train.checkpoint_every_steps",
         "train.keep_checkpoints", "train.channels_last",
-        "health.on_non_finite", "health.max_rollbacks", "health.stall_seconds",
+        "health.on_failure", "health.max_rollbacks", "health.stall_seconds",
     }
 )  # fmt: skip
 

@@ -38,7 +38,10 @@ def pytest_runtest_makereport(item, call):
     """Turns a skip into a failure under SAGAN_TESTS_STRICT_SKIPS, so that CI cannot pass by running nothing."""
     report = yield
     strict = "SAGAN_TESTS_STRICT_SKIPS" in os.environ
-    allowed = item.get_closest_marker("gpu") or hasattr(report, "wasxfail") or "no real images" in str(report.longrepr)
+    # What no install line can bring about: a GPU, the shared data, the rights of root.
+    beyond = ("no real images", "both nodes are daemons on this host", "as root, and")
+    reason = str(report.longrepr)
+    allowed = item.get_closest_marker("gpu") or hasattr(report, "wasxfail") or any(word in reason for word in beyond)
     if strict and report.skipped and not allowed:
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be: {report.longrepr}"
