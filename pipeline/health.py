@@ -59,7 +59,7 @@ class FiniteWatch:
         """
         found = torch.zeros(len(self.names) + 2, device=self.first_bad_step.device)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(list(gradients), float("inf"))).float()
+            norms = torch.stack(torch._foreach_norm(list(gradients), 2)).float()
             found[first : first + len(gradients)] = (~norms.isfinite()).float()
             found[-1] = torch.where(norms.isfinite(), norms, 0).max()
         found[-2] = (~loss.isfinite()).float()
