@@ -19,6 +19,7 @@ from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
 from pipeline.estimate import describe_needs
 from pipeline.health import NonFinite, NonFiniteError, non_finite_buffers
+from pipeline.host_memory import keep_freed_memory
 from pipeline.loader import Batch, Loader
 from pipeline.manifest import ShardSet, open_shard_set
 from pipeline.networks import build_discriminator, build_generator
@@ -77,6 +78,8 @@ def train(config: Config) -> None:
     with StallWatch(config.health.stall_seconds) as watch:
         # nccl's own time limit would end ranks before the watch tells where they stand.
         world = World(config.run.device, config.run.expected_world_size, 2 * config.health.stall_seconds)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         # From here on ranks must agree on the step to stop at; before, a signal simply ends them.
         with StopRequest() as stop:
             shard_set = open_shard_set(config.data.shards)
