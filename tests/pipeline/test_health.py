@@ -72,9 +72,11 @@ def test_the_gradient_norm_is_that_of_the_finite_ones_whoever_holds_them():
     with_gradients(network)
     expected = float(torch.cat([gradient.flatten() for gradient in gradients_of(network)]).norm())
     for num_copies in (1, 2):
-        watch = FiniteWatch("generator", [name for name, _ in network.named_parameters()], torch.device("cpu"), num_copies)
+        watch = FiniteWatch(
+            "generator", [name for name, _ in network.named_parameters()], torch.device("cpu"), num_copies
+        )
         watch.found_non_finite(1, torch.tensor(0.0), 0, gradients_of(network))
-        assert float(watch.gradient_norm) == pytest.approx(expected / num_copies**0.5)  # here one of them reports
+        assert float(watch.gradient_norm) == pytest.approx(expected / num_copies**0.5)  # one of them reports
     finite = torch.cat([gradient.flatten() for gradient in gradients_of(network)[:3]])
     network[1].bias.grad[0] = float("inf")
     watch = watched(network)
