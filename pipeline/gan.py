@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pipeline.backend import Player
 from pipeline.batch import Batch
@@ -55,15 +56,19 @@ class Gan:
         Returns:
             Detached device scalars, see `pipeline.steps`.
         """
-        advance_spectral_norm(self.generator.module)
+        with record_function("spectral norm"):
+            advance_spectral_norm(self.generator.module)
         losses: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             noises = self._draw("d_z", "d_labels", step, index, attempt)
             pairs = list(zip(self._to_device(batch), noises, strict=True))
-            losses |= discriminator_step(step, self.generator, self.discriminator, pairs, self._autocast)
+            with record_function("discriminator step"):
+                losses |= discriminator_step(step, self.generator, self.discriminator, pairs, self._autocast)
         noises = self._draw("g_z", "g_labels", step, 0, attempt)
-        g_losses, skipped = generator_step(step, self.generator, self.discriminator, noises, self._autocast)
-        self.ema.update(self.generator.module, step, skipped > 0)
+        with record_function("generator step"):
+            g_losses, skipped = generator_step(step, self.generator, self.discriminator, noises, self._autocast)
+        with record_function("ema"):
+            self.ema.update(self.generator.module, step, skipped > 0)
         return losses | g_losses
 
     def state_dicts(self) -> dict[str, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 
 class NonFiniteError(RuntimeError):
@@ -49,6 +50,7 @@ class FiniteWatch:
         self.first_bad_tensors = torch.zeros(len(self.names), dtype=torch.bool, device=device)
 
     @torch.no_grad()
+    @record_function("finite check")
     def found_non_finite(self, step: int, loss: Tensor, first: int, gradients: Sequence[Tensor]) -> Tensor:
         """Returns a float32 scalar on the device: 1 where the update must be skipped, equal on every rank, else 0.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipeline.backend import Player
 from sagan import advance_spectral_norm, hinge_d, hinge_g
@@ -53,7 +54,8 @@ def discriminator_step(
         rank: real_logits_std and fake_logits_std; real_pixel_std and fake_pixel_std, the spread of the images at a
         pixel, averaged over pixels. d_gradient_norm: of all gradients together.
     """
-    advance_spectral_norm(discriminator.module)
+    with record_function("spectral norm"):
+        advance_spectral_norm(discriminator.module)
     totals = torch.zeros(len(_D_NUMBERS), device=micro_batches[0][0].images.device)
     for real, noise in discriminator.accumulate(micro_batches):
         with autocast:

@@ -106,7 +106,7 @@ class Trainer:
         self.config, self.world, self.shard_set = config, world, shard_set
         configure_determinism(config.run.deterministic, world.device)
         self.gan = Gan(config, world)
-        self.loader = _build_loader(config, world, shard_set)
+        self.loader = build_loader(config, world, shard_set)
         self.tracker: Tracker = NullTracker()  # until it is certain that this run may go on
         self.meter = Meter()
         self.counts = ReadCounts()  # of the loader, when they were last logged
@@ -393,7 +393,12 @@ class Trainer:
         return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames, self.gan.generator.backend)
 
 
-def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
+def build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
+    """Returns the loader of this rank's rows.
+
+    Raises:
+        ConfigError: the set does not give such batches.
+    """
     try:
         return Loader(
             shard_set,
