@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,7 +242,7 @@ def update_flops(config: Config) -> int:
     through a frozen discriminator. Element-wise work is not counted.
     """
     model, count = config.model, config.train.global_batch_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         generator, discriminator = build_generator(config), build_discriminator(config)
         z, labels = torch.empty(count, model.z_dim), torch.empty(count, dtype=torch.int64)
         both = torch.empty(2 * count, dtype=torch.int64)
@@ -297,7 +298,7 @@ def table(found: Found) -> str:
     ]
     product, convolution = found.matrix_product_flops_per_second, found.convolution_flops_per_second
     lines.append(
-        f"one update is {found.update_flops / 1e12:.4g} TFLOP; a matrix product does {product / 1e12:.4g} TFLOP/s here, "
+        f"one update is {found.update_flops / 1e12:.4g} TFLOP; a matrix product does {product / 1e12:.4g} TFLOP/s, "
         f"a float32 3x3 convolution {convolution / 1e12:.4g}"
     )
     if found.ratio:
