@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks about GPUs that are not there
     from pipeline.config import ConfigError, load_config
     from pipeline.train_benchmark import measure, synthetic, table
     from pipeline.world import World, WorldSizeError

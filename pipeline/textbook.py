@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.profiler import record_function
 
 from pipeline.batch import Batch
 from pipeline.config import Config
@@ -55,9 +56,11 @@ class Textbook:
         """Updates discriminator, generator and average once; see `pipeline.gan.Gan.update`."""
         for batch in batches:
             images = batch.images.to(self.device).contiguous().to(self.dtype) / 127.5 - 1
-            d_loss = self.discriminator_step(images, batch.labels.to(self.device), *self._noise())
-        g_loss = self.generator_step(*self._noise())
-        with torch.no_grad():
+            with record_function("discriminator step"):
+                d_loss = self.discriminator_step(images, batch.labels.to(self.device), *self._noise())
+        with record_function("generator step"):
+            g_loss = self.generator_step(*self._noise())
+        with record_function("ema"), torch.no_grad():
             for average, parameter in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
                 average.mul_(self.config.ema.decay).add_(parameter, alpha=1 - self.config.ema.decay)
             for buffer, new in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
