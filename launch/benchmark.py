@@ -79,7 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--trace", type=Path, metavar="FILE", help="write one update's trace for chrome://tracing")
     train.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     train.set_defaults(run=_train)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and options.run is not _train):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest  # argparse takes positional arguments of a command only where the first of them stand
     return int(options.run(options))
 
 

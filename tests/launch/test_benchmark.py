@@ -133,7 +133,7 @@ def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
 def test_a_setting_is_compared_with_another(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     result = benchmark("train", tmp_path / "tiny.yaml", "--compare", "train.precision=bf16", "--updates", 1,
-                       "--repeats", 2)  # fmt: skip
+                       "run.seed=1", "--repeats", 2)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "of as configured to train.precision=bf16" in result.stdout
 
