@@ -1,17 +1,29 @@
-"""Measures the parts of a training run: `python launch/benchmark.py data SET`."""
+"""Measures the parts of a training run: reading (`data SET`) and updating (`train CONFIG`)."""
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.arguments import at_least
 from launch.errors import report
+
+if TYPE_CHECKING:
+    from pipeline.batch import Batch
+    from pipeline.config import Config
+    from pipeline.world import World
 
 _EPILOG = """\
 examples:
   a local set         python launch/benchmark.py data shards/imagenet128
   from object storage python launch/benchmark.py data s3://bucket/imagenet128 --workers 8 --json data.json
+  one update          python launch/benchmark.py train configs/imagenet128.yaml --batch-size 64
+  against a textbook  python launch/benchmark.py train configs/imagenet128.yaml train.precision=bf16 --baseline
+  does it pay         python launch/benchmark.py train configs/imagenet128.yaml --compare train.precision=bf16
+  several processes   accelerate launch --config_file configs/accelerate/one_machine.yaml launch/benchmark.py train ...
 """
 
 
@@ -42,7 +54,36 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--no-webdataset", action="store_true", help="measure the loader alone")
     data.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     data.set_defaults(run=_data)
-    options = parser.parse_args(arguments)
+    train = commands.add_parser(
+        "train",
+        help="how fast a configuration trains",
+        description="Does updates of a configuration on noise (or --real images) and prints images/s, what the time of "
+        "an update goes to, memory and the share of a matrix product's speed. With --baseline or --compare, two "
+        "settings take turns and the ratio of each pair counts, so that other work on the machine falls on both. "
+        "Needs torch, PyYAML and pydantic only.",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG")
+    train.add_argument("overrides", nargs="*", metavar="section.name=value")
+    train.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: run.device of the configuration")
+    train.add_argument("--batch-size", type=at_least(1), metavar="N", help="images of an update over all processes")
+    train.add_argument("--real", action="store_true", help="images of data.shards through the training's loader")
+    other = train.add_mutually_exclusive_group()
+    other.add_argument(
+        "--baseline",
+        action="store_true",
+        help="beside it, the update as textbooks write it: float32, contiguous, torch's spectral norm",
+    )
+    other.add_argument("--compare", action="append", metavar="section.name=value", help="beside it, with this changed")
+    train.add_argument("--updates", type=at_least(1), default=3, metavar="N", help="of a measurement; default 3")
+    train.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each; default 5")
+    train.add_argument("--trace", type=Path, metavar="FILE", help="write one update's trace for chrome://tracing")
+    train.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
+    train.set_defaults(run=_train)
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and options.run is not _train):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest  # argparse takes positional arguments of a command only where the first of them stand
     return int(options.run(options))
 
 
@@ -69,6 +110,64 @@ def _data(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks about GPUs that are not there
+    from pipeline.config import ConfigError, load_config
+    from pipeline.train_benchmark import measure, synthetic, table
+    from pipeline.world import World, WorldSizeError
+
+    overrides = list(options.overrides)
+    overrides += [f"train.global_batch_size={options.batch_size}"] if options.batch_size else []
+    overrides += [f"run.device={options.device}"] if options.device else []
+    try:
+        configs = {"as configured": load_config(options.config, overrides)}
+        if options.compare:
+            configs[" ".join(options.compare)] = load_config(options.config, overrides + options.compare)
+        first = configs["as configured"]
+        if options.baseline and not first.model.num_classes:
+            raise ConfigError("--baseline knows networks with classes only, model.num_classes is 0; use --compare")
+        world = World(first.run.device, first.run.expected_world_size)
+        for config in configs.values():
+            if config.train.global_batch_size % (config.train.accumulation_steps * world.size):
+                raise ConfigError(
+                    f"train.global_batch_size={config.train.global_batch_size} cannot be shared by {world.size} "
+                    f"process(es) in {config.train.accumulation_steps} micro-batch(es); use a multiple"
+                )
+        if options.baseline and world.size > 1:
+            raise ConfigError(
+                "--baseline is one process's update; start it without accelerate launch, or use --compare"
+            )
+        batches = _real_batches if options.real else synthetic
+        found = measure(
+            configs,
+            world,
+            baseline=options.baseline,
+            batches=lambda config: batches(config, world),
+            updates=options.updates,
+            repeats=options.repeats,
+            trace=options.trace,
+            say=(lambda text: print(text, file=sys.stderr, flush=True)) if world.is_main else (lambda text: None),
+        )
+    except (WorldSizeError, ValueError, OSError) as error:
+        return report(error)
+    if world.is_main:
+        print(table(found))
+        if options.json:
+            options.json.write_text(found.to_json() + "\n")
+    world.shutdown()
+    return 0
+
+
+def _real_batches(config: "Config", world: "World") -> "Iterator[Batch]":
+    from pipeline.manifest import open_shard_set
+    from pipeline.summary import check_data
+    from pipeline.trainer import build_loader
+
+    shard_set = open_shard_set(config.data.shards)
+    check_data(config, shard_set, world.size)
+    return build_loader(config, world, shard_set).batches(0)
 
 
 if __name__ == "__main__":

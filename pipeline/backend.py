@@ -42,8 +42,9 @@ class Player:
         if world.size > 1:
             for tensor in [*module.parameters(), *module.buffers()]:
                 dist.broadcast(tensor.data, src=0)
-        self.watch = FiniteWatch(name, [key for key, _ in module.named_parameters()], world.device)
         stage = zero_stage()
+        names = [key for key, _ in module.named_parameters()]
+        self.watch = FiniteWatch(name, names, world.device, num_copies=1 if stage else world.size)
         self.backend = f"zero{stage}" if stage else "ddp"
         self._shared = Zero(module, optimizer, world, stage) if stage else _Replicated(module, optimizer, world)
 

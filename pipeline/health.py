@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 
 class NonFiniteError(RuntimeError):
@@ -32,22 +33,24 @@ class FiniteWatch:
     """Decides on the device whether an update may be applied, and remembers the first that may not.
 
     Attributes:
-        largest_gradient: infinity norm of the last update's finite gradients, a float32 scalar on the device, equal on
-            every rank.
+        gradient_norm: 2-norm over the last update's finite gradients, a float32 scalar on the device, equal on every
+            rank.
 
     Args:
         network: name for the report.
         names: of the network's parameters.
         device: where the flags live.
+        num_copies: how many ranks hold each gradient.
     """
 
-    def __init__(self, network: str, names: Sequence[str], device: torch.device):
-        self.network, self.names = network, list(names)
-        self.largest_gradient = torch.zeros((), device=device)
+    def __init__(self, network: str, names: Sequence[str], device: torch.device, num_copies: int = 1):
+        self.network, self.names, self.num_copies = network, list(names), num_copies
+        self.gradient_norm = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.first_bad_tensors = torch.zeros(len(self.names), dtype=torch.bool, device=device)
 
     @torch.no_grad()
+    @record_function("finite check")
     def found_non_finite(self, step: int, loss: Tensor, first: int, gradients: Sequence[Tensor]) -> Tensor:
         """Returns a float32 scalar on the device: 1 where the update must be skipped, equal on every rank, else 0.
 
@@ -59,14 +62,14 @@ class FiniteWatch:
         """
         found = torch.zeros(len(self.names) + 2, device=self.first_bad_step.device)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(list(gradients), float("inf"))).float()
+            norms = torch.stack(torch._foreach_norm(list(gradients))).float()
             found[first : first + len(gradients)] = (~norms.isfinite()).float()
-            found[-1] = torch.where(norms.isfinite(), norms, 0).max()
+            found[-1] = torch.where(norms.isfinite(), norms, 0).square().sum() / self.num_copies
         found[-2] = (~loss.isfinite()).float()
         if dist.is_initialized():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        self.largest_gradient = found[-1]
-        bad, bad_tensors = found[:-1].max(), found[:-2] > 0
+            dist.all_reduce(found)
+        self.gradient_norm = found[-1].sqrt()
+        bad, bad_tensors = (found[:-1].max() > 0).float(), found[:-2] > 0
         is_first = (bad > 0) & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(is_first, step, self.first_bad_step))
         self.first_bad_tensors.copy_(torch.where(is_first, bad_tensors, self.first_bad_tensors))

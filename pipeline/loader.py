@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.ahead import prepare_ahead, start_fork_server
+from pipeline.batch import Batch
 from pipeline.block_cache import BlockCache
 from pipeline.manifest import ShardSet, ShardSetError
 from pipeline.object_store import is_remote
@@ -21,21 +22,6 @@ from pipeline.samples import SampleReader
 
 AHEAD_BLOCKS = 4
 """So many blocks of each partition are fetched before they are needed."""
-
-
-class Batch(NamedTuple):
-    """This rank's rows of one global batch, micro-batch after micro-batch."""
-
-    images: Tensor
-    """(n, 3, H, W) uint8, channels last in memory."""
-    labels: Tensor
-    """(n,) int64; -1 in a set without classes."""
-    sample_ids: Tensor
-    """(n,) int64, rows of the index."""
-    flip: Tensor
-    """(n,) bool: images to mirror left to right, which is left to the device."""
-    number: int
-    """Global batch number, counted over all epochs."""
 
 
 class Loader:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipeline.backend import Player
 from sagan import advance_spectral_norm, hinge_d, hinge_g
@@ -51,9 +52,10 @@ def discriminator_step(
     Returns:
         Detached device scalars. Means: d_loss, real_logits, fake_logits. Signs of collapse, within a micro-batch of a
         rank: real_logits_std and fake_logits_std; real_pixel_std and fake_pixel_std, the spread of the images at a
-        pixel, averaged over pixels. d_largest_gradient: the infinity norm.
+        pixel, averaged over pixels. d_gradient_norm: of all gradients together.
     """
-    advance_spectral_norm(discriminator.module)
+    with record_function("spectral norm"):
+        advance_spectral_norm(discriminator.module)
     totals = torch.zeros(len(_D_NUMBERS), device=micro_batches[0][0].images.device)
     for real, noise in discriminator.accumulate(micro_batches):
         with autocast:
@@ -66,7 +68,7 @@ def discriminator_step(
         totals = totals + _numbers(loss, real_logits, fake_logits, images) / len(micro_batches)
     discriminator.update(step, totals[0])
     numbers = dict(zip(_D_NUMBERS, totals, strict=True))
-    return numbers | {"d_largest_gradient": discriminator.watch.largest_gradient}
+    return numbers | {"d_gradient_norm": discriminator.watch.gradient_norm}
 
 
 def generator_step(
@@ -89,7 +91,7 @@ def generator_step(
         autocast: reentrant context of the forward passes.
 
     Returns:
-        Detached device scalars (g_loss, g_largest_gradient), and the flag that is 1 where the update was skipped as
+        Detached device scalars (g_loss, g_gradient_norm), and the flag that is 1 where the update was skipped as
         non-finite.
     """
     total = torch.zeros((), device=micro_batches[0].z.device)
@@ -101,7 +103,7 @@ def generator_step(
             generator.backward(loss)
             total = total + loss.detach()
     skipped = generator.update(step, total)
-    return {"g_loss": total, "g_largest_gradient": generator.watch.largest_gradient}, skipped
+    return {"g_loss": total, "g_gradient_norm": generator.watch.gradient_norm}, skipped
 
 
 _D_NUMBERS = (

@@ -5,36 +5,32 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import checkpoint, results, sampling, snapshots
-from pipeline.backend import Player
+from pipeline.batch import Batch
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
 from pipeline.config import Config, ConfigError, changed_hyperparameters, flatten, to_dict, to_yaml
 from pipeline.estimate import describe_needs
+from pipeline.gan import Gan
 from pipeline.health import NonFinite, NonFiniteError, non_finite_buffers
-from pipeline.loader import Batch, Loader
+from pipeline.host_memory import keep_freed_memory
+from pipeline.loader import Loader
 from pipeline.manifest import ShardSet, open_shard_set
-from pipeline.networks import build_discriminator, build_generator
-from pipeline.noise import Purpose, draw_labels, draw_z, rank_micro_batches
 from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress, data_metrics
 from pipeline.read_counts import ReadCounts
 from pipeline.stall import StallWatch
-from pipeline.steps import Noise, RealImages, discriminator_step, generator_step
 from pipeline.stop import StopRequest
 from pipeline.summary import check_data, describe, steps_per_epoch
 from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
 from pipeline.world import World, configure_determinism
-from sagan import Ema, advance_spectral_norm, attention_gains, spectral_norms
+from sagan import attention_gains, spectral_norms
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 _LAUNCHES = {"ddp": "one_machine.yaml", "zero1": "deepspeed_zero1.yaml", "zero2": "deepspeed_zero2.yaml"}
 
 
@@ -77,6 +73,8 @@ def train(config: Config) -> None:
     with StallWatch(config.health.stall_seconds) as watch:
         # nccl's own time limit would end ranks before the watch tells where they stand.
         world = World(config.run.device, config.run.expected_world_size, 2 * config.health.stall_seconds)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         # From here on ranks must agree on the step to stop at; before, a signal simply ends them.
         with StopRequest() as stop:
             shard_set = open_shard_set(config.data.shards)
@@ -107,12 +105,8 @@ class Trainer:
     def __init__(self, config: Config, world: World, shard_set: ShardSet):
         self.config, self.world, self.shard_set = config, world, shard_set
         configure_determinism(config.run.deterministic, world.device)
-        self.generator, self.discriminator = _build_players(config, world)
-        self.ema = Ema(self.generator.module, config.ema.decay, config.ema.start_step)
-        self.loader = _build_loader(config, world, shard_set)
-        self.autocast: AbstractContextManager[Any] = (
-            torch.autocast(world.device.type, torch.bfloat16) if config.train.precision == "bf16" else nullcontext()
-        )
+        self.gan = Gan(config, world)
+        self.loader = build_loader(config, world, shard_set)
         self.tracker: Tracker = NullTracker()  # until it is certain that this run may go on
         self.meter = Meter()
         self.counts = ReadCounts()  # of the loader, when they were last logged
@@ -130,7 +124,7 @@ class Trainer:
         """
         self._resume()
         self.world.check_same({"step": self.step})
-        self._compare_replicas(self._networks())
+        self._compare_replicas(self.gan.state_dicts())
         self.progress.advance(self.step)
         if self.step >= self.config.train.steps:
             self.progress.say(f"step {self.step} of {self.config.train.steps} is done; raise train.steps to go on")
@@ -183,49 +177,12 @@ class Trainer:
 
     def _one_step(self, batches: Iterator[Batch]) -> None:
         """One generator update and the discriminator updates before it (section 5 of the paper's code: model.py)."""
-        config, step = self.config, self.step + 1
-        started = time.perf_counter()
-        reals = [next(batches) for _ in range(config.train.num_d_steps)]
+        step, started = self.step + 1, time.perf_counter()
+        reals = [next(batches) for _ in range(self.config.train.num_d_steps)]
         self.meter.add_data_wait(time.perf_counter() - started)
-        advance_spectral_norm(self.generator.module)
-        for index, batch in enumerate(reals):
-            noises = self._draw("d_z", "d_labels", step, index)
-            pairs = list(zip(self._to_device(batch), noises, strict=True))
-            losses = discriminator_step(step, self.generator, self.discriminator, pairs, self.autocast)
-        g_losses, skipped = generator_step(
-            step, self.generator, self.discriminator, self._draw("g_z", "g_labels", step, 0), self.autocast
-        )
-        self.ema.update(self.generator.module, step, skipped > 0)
-        self.meter.add(losses | g_losses)
-        self.step = step
-
-    def _draw(self, z_purpose: Purpose, labels_purpose: Purpose, step: int, index: int) -> list[Noise]:
-        """Draws noise and labels for the whole global batch and returns this rank's part of each micro-batch."""
-        seed, model, train = self.config.run.seed, self.config.model, self.config.train
         attempt = sum(first <= step <= last for first, last in self.redrawn)
-        z = draw_z(seed, z_purpose, step, index, train.global_batch_size, model.z_dim, attempt)
-        labels = draw_labels(seed, labels_purpose, step, index, train.global_batch_size, model.num_classes, attempt)
-        z_parts = self._this_ranks(z.to(_DTYPES[train.precision]))
-        labels_parts = [None] * len(z_parts) if labels is None else self._this_ranks(labels)
-        return [Noise(*parts) for parts in zip(z_parts, labels_parts, strict=True)]
-
-    def _this_ranks(self, rows: Tensor) -> list[Tensor]:
-        cut = rank_micro_batches(rows, self.config.train.accumulation_steps, self.world.rank, self.world.size)
-        return [part.to(self.world.device, non_blocking=True) for part in cut]
-
-    def _to_device(self, batch: Batch) -> list[RealImages]:
-        """Moves uint8 images to the device; there they become [-1, 1] and, some of them, mirrored."""
-        device, count = self.world.device, self.config.train.accumulation_steps
-        images = batch.images.to(device, non_blocking=True).to(_DTYPES[self.config.train.precision]) / 127.5 - 1
-        if self.config.data.horizontal_flip:
-            flip = batch.flip.to(device, non_blocking=True)[:, None, None, None]
-            images = torch.where(flip, images.flip(3), images)
-        images = images.contiguous(memory_format=_layout(self.config))
-        labels = batch.labels.to(device, non_blocking=True).chunk(count) if self.config.model.num_classes else None
-        return [
-            RealImages(rows, labels[index] if labels is not None else None)
-            for index, rows in enumerate(images.chunk(count))
-        ]
+        self.meter.add(self.gan.update(step, reals, attempt))
+        self.step = step
 
     def _log(self) -> None:
         losses = self.meter.means(self.world)  # the host waits for the device here, once per interval
@@ -245,7 +202,7 @@ class Trainer:
             "progress/images_seen": float(self._images_seen()),
         }
         metrics |= data_metrics(sum(all_counts, ReadCounts()), seconds)
-        for network in (self.generator, self.discriminator):
+        for network in self.gan.players:
             norms = torch.stack(list(spectral_norms(network.module).values()))
             metrics[f"spectral_norm/{network.name}_max"] = float(norms.max())
             metrics[f"spectral_norm/{network.name}_mean"] = float(norms.mean())
@@ -256,9 +213,9 @@ class Trainer:
 
     def _save(self) -> None:
         started = time.perf_counter()
-        networks = self._networks()
+        networks = self.gan.state_dicts()
         self._compare_replicas(networks)
-        optimizers = {player.name: player.optimizer_state() for player in (self.generator, self.discriminator)}
+        optimizers = {player.name: player.optimizer_state() for player in self.gan.players}
 
         def save() -> None:
             path = checkpoint.save(self.config.run_dir, self._state(), networks, optimizers)
@@ -268,7 +225,7 @@ class Trainer:
         self._on_rank_0(save)
 
     def _snapshot(self) -> None:
-        networks = {"ema": self.ema.module.state_dict(), "generator": self.generator.module.state_dict()}
+        networks = {"ema": self.gan.ema.module.state_dict(), "generator": self.gan.generator.module.state_dict()}
         self._on_rank_0(lambda: snapshots.save(self.config.run_dir, self._state(), networks))
 
     def _on_rank_0(self, save: Callable[[], object]) -> None:
@@ -302,7 +259,7 @@ class Trainer:
     def _sample(self) -> None:
         if self.world.is_main:
             model = self.config.model
-            grid = sampling.sample_grid(self.ema.module, self.config.run.seed, model.z_dim, model.num_classes)
+            grid = sampling.sample_grid(self.gan.ema.module, self.config.run.seed, model.z_dim, model.num_classes)
             path = self.config.run_dir / "samples" / f"step-{self.step:08d}.png"
             sampling.save_png(grid, path)
             self.tracker.log_image(self.step, path)
@@ -324,9 +281,9 @@ class Trainer:
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         if self.world.is_main:
             snapshots.remove_after(self.config.run_dir, found.state.step)
-        for player in (self.generator, self.discriminator):
+        for player in self.gan.players:
             player.restore(found.networks[player.name], found.optimizers[player.name])
-        self.ema.module.load_state_dict(found.networks["ema"])
+        self.gan.ema.module.load_state_dict(found.networks["ema"])
         self.step = found.state.step
 
     def _check_resumable(self, state: TrainerState, path: Path) -> None:
@@ -347,7 +304,7 @@ class Trainer:
                 f"{path} read its data in order version {state.plan_version}, this code has {PLAN_VERSION}; "
                 "finish the run with the code that began it"
             )
-        backend = self.generator.backend
+        backend = self.gan.generator.backend
         if state.backend != backend and "backend" not in self.config.run.accept_changes:
             raise ConfigError(
                 f"{path} was trained with {state.backend}, this launch is {backend} (ddp: DDP or one process; zero1, "
@@ -365,7 +322,7 @@ class Trainer:
 
     def _find_trouble(self) -> bool:
         """Looks for non-finite numbers, in the same place on every rank; waits for the device."""
-        players = (self.discriminator, self.generator)
+        players = self.gan.players[::-1]  # the discriminator's update comes first
         buffers = {player.name: non_finite_buffers(player.module) for player in players}
         found = [player.watch.report() for player in players]
         for on_rank in self.world.gather(buffers):
@@ -389,7 +346,7 @@ class Trainer:
         reached = self.step
         self._restore(checkpoint.load(path))
         self.redrawn = (*self.redrawn, (self.step + 1, reached))
-        for player in (self.generator, self.discriminator):
+        for player in self.gan.players:
             player.watch.reset()
         self.meter = Meter()
         text = (
@@ -409,13 +366,6 @@ class Trainer:
                     "goes on from the one before"
                 )
 
-    def _networks(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "generator": self.generator.module.state_dict(),
-            "discriminator": self.discriminator.module.state_dict(),
-            "ema": self.ema.module.state_dict(),
-        }
-
     def _state(self) -> TrainerState:
         return TrainerState(
             step=self.step,
@@ -424,7 +374,7 @@ class Trainer:
             plan_version=PLAN_VERSION,
             dataset_id=self.shard_set.dataset_id,
             world_size=self.world.size,
-            backend=self.generator.backend,
+            backend=self.gan.generator.backend,
             redrawn=self.redrawn,
             config=to_dict(self.config),
             versions={name: importlib.metadata.version(name) for name in ("torch", "accelerate", "safetensors")},
@@ -442,30 +392,15 @@ class Trainer:
 
     def _facts(self) -> RunFacts:
         hostnames = tuple(dict.fromkeys(self.world.gather(socket.gethostname())))
-        return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames, self.generator.backend)
+        return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames, self.gan.generator.backend)
 
 
-def _layout(config: Config) -> torch.memory_format:
-    return torch.channels_last if config.train.channels_last else torch.contiguous_format
+def build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
+    """Returns the loader of this rank's rows.
 
-
-def _build_players(config: Config, world: World) -> tuple[Player, Player]:
-    torch.manual_seed(config.run.seed)  # equal weights on every rank
-
-    def player(name: str, module: nn.Module, learning_rate: float) -> Player:
-        module.to(world.device, _DTYPES[config.train.precision]).to(memory_format=_layout(config)).train()
-        optimizer = torch.optim.Adam(
-            module.parameters(), learning_rate, config.optimizer.betas, config.optimizer.eps, fused=True
-        )
-        return Player(name, module, optimizer, world)
-
-    return (
-        player("generator", build_generator(config), config.optimizer.lr_g),
-        player("discriminator", build_discriminator(config), config.optimizer.lr_d),
-    )
-
-
-def _build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
+    Raises:
+        ConfigError: the set does not give such batches.
+    """
     try:
         return Loader(
             shard_set,

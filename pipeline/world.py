@@ -7,7 +7,6 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
@@ -40,11 +39,7 @@ class World:
             raise WorldSizeError("run.device is cuda, but torch sees no CUDA device here; use run.device=auto or cpu")
         use_cpu = device == "cpu" or not torch.cuda.is_available()
         timeout = timedelta(seconds=timeout_seconds)
-        state = PartialState(cpu=use_cpu, timeout=timeout)
-        self.rank: int = state.process_index
-        self.size: int = state.num_processes
-        self.local_rank: int = state.local_process_index
-        self.device: torch.device = torch.device(state.device)
+        self.rank, self.size, self.local_rank, self.device = _place(use_cpu, timeout)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.size:
             raise WorldSizeError(
@@ -135,6 +130,16 @@ class Agreement:
         if self._work is not None:
             self._work.wait()
         return bool(self._votes)
+
+
+def _place(use_cpu: bool, timeout: timedelta) -> tuple[int, int, int, torch.device]:
+    """Returns rank, size, local rank and device of this process."""
+    if not any(name == "WORLD_SIZE" or name.startswith("ACCELERATE_") for name in os.environ):
+        return 0, 1, 0, torch.device("cpu" if use_cpu else "cuda:0")  # started without a launcher
+    from accelerate import PartialState  # here, as it takes a second or two
+
+    state = PartialState(cpu=use_cpu, timeout=timeout)
+    return state.process_index, state.num_processes, state.local_process_index, torch.device(state.device)
 
 
 def _refuse_separate_trainings(environment: Mapping[str, str] = os.environ) -> None:

@@ -42,16 +42,9 @@ class Ema:
             step: how many updates the model has had, this one included: 1 for the first (BigGAN-PyTorch counts so too).
             skip: bool scalar on the model's device; where true, the average and its buffers stay as they are.
         """
-        averages = [average.detach() for average in self.module.parameters()]
-        parameters = [parameter.detach() for parameter in model.parameters()]
-        buffers, new_buffers = list(self.module.buffers()), list(model.buffers())
-        if skip is not None:
-            # To move towards itself is to stay.
-            parameters = [torch.where(skip, old, new) for old, new in zip(averages, parameters, strict=True)]
-            new_buffers = [torch.where(skip, old, new) for old, new in zip(buffers, new_buffers, strict=True)]
-        if step < self.start_step:
-            torch._foreach_copy_(averages, parameters)
-        else:
-            torch._foreach_lerp_(averages, parameters, 1 - self.decay)
-        if buffers:
-            torch._foreach_copy_(buffers, new_buffers)
+        share = 1.0 if step < self.start_step else 1 - self.decay
+        keep = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device) if skip is None else skip
+        for average, parameter in zip(self.module.parameters(), model.parameters(), strict=True):
+            average.lerp_(parameter, torch.where(keep, 0.0, share).to(average.dtype))
+        for buffer, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(torch.where(keep, buffer, new))  # what is skipped may be NaN, which no weight of 0 undoes

@@ -63,19 +63,68 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def power_iteration(self) -> None:
         """Move `u` and `v`, in place, one step towards the first singular vectors of the weight."""
-        matrix = self.weight.flatten(1)
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0, eps=self.eps))
-        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0, eps=self.eps))
+        matrix, v = _as_matrix(self.weight), _in_memory_order(self.v, self.weight)
+        self.u.copy_(F.normalize(matrix @ v, dim=0, eps=self.eps))
+        v = F.normalize(matrix.T @ self.u, dim=0, eps=self.eps)
+        if _is_channels_last(self.weight):
+            channels, height, width = self.weight.shape[1:]
+            v = v.view(height, width, channels).permute(2, 0, 1).flatten()
+        self.v.copy_(v)
 
     def normalized_weight(self) -> Tensor:
-        """Return weight / sigma, of the weight's shape and dtype; u and v are constants to the gradient."""
-        with without_autocast(self.weight):
-            return self.weight / self.sigma()
+        """Return weight / sigma, of the weight's shape; u and v are constants to the gradient.
 
+        Its dtype is that of the coming operation: the weight's, or autocast's.
+        """
+        weight = self.weight
+        device_type = weight.device.type
+        lowered = torch.is_autocast_enabled(device_type) and weight.dtype == torch.float32
+        dtype = torch.get_autocast_dtype(device_type) if lowered else weight.dtype
+        with without_autocast(weight):
+            normalized: Tensor = _Normalize.apply(weight, self.u, self.v, dtype)
+            return normalized
+
+    @torch.no_grad()
     def sigma(self) -> Tensor:
-        """Return the estimate of the weight's largest singular value, a scalar."""
-        # Clones: u and v may advance before the backward pass of this graph.
-        return torch.vdot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
+        """Return the estimate of the weight's largest singular value, a scalar without graph."""
+        return torch.vdot(self.u, _as_matrix(self.weight) @ _in_memory_order(self.v, self.weight))
+
+
+class _Normalize(torch.autograd.Function):
+    """W / sigma with sigma = u^T W v; the gradient is G / sigma - <G, W> / sigma^2 u v^T (Miyato et al., equation 12).
+
+    Written out, as autograd takes twice the passes over weights of which a network has 160 MB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+        u, v = u.clone(), _in_memory_order(v, weight)  # clones: they may advance before the backward pass
+        sigma = torch.vdot(u, _as_matrix(weight) @ v)
+        ctx.save_for_backward(weight, u, v, sigma)
+        return (weight / sigma).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, u, v, sigma = ctx.saved_tensors
+        gradient = torch.empty_like(weight).copy_(gradients[0]).div_(sigma)
+        matrix = _as_matrix(gradient)
+        along = torch.dot(matrix.flatten(), _as_matrix(weight).flatten()) / sigma
+        matrix.addr_(u, -along * v)
+        return gradient, None, None, None
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return not weight.is_contiguous()
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """Return a view of `weight` (rows, ...) as (rows, columns), columns in the order of memory."""
+    return (weight.permute(0, 2, 3, 1) if _is_channels_last(weight) else weight).flatten(1)
+
+
+def _in_memory_order(v: Tensor, weight: Tensor) -> Tensor:
+    """Return a copy of `v` (columns,) in the order of the columns of `_as_matrix(weight)`."""
+    return v.view(weight.shape[1:]).permute(1, 2, 0).flatten() if _is_channels_last(weight) else v.clone()
 
 
 class SNConv2d(SpectralNorm, nn.Conv2d):
@@ -338,11 +387,19 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (N, C, H, W), H and W even, to the same shape."""
-        n, c, h, w = x.shape
-        value = F.max_pool2d(self.value(x), 2).flatten(2)  # (N, C/2, HW/4)
-        attended = (value @ self.attention_map(x).transpose(1, 2)).view(n, c // 2, h, w)
-        y: Tensor = x + self.gain * self.output(attended)
+        query = _as_rows(self.query(x))  # (N, HW, C/8)
+        key = _as_rows(F.max_pool2d(self.key(x), 2))  # (N, HW/4, C/8)
+        value = _as_rows(F.max_pool2d(self.value(x), 2))  # (N, HW/4, C/2)
+        # The kernels that never hold the whole map, and take its softmax in float32, want equal widths: zeros add none.
+        missing = (0, value.shape[-1] - key.shape[-1])
+        attended = F.scaled_dot_product_attention(F.pad(query, missing), F.pad(key, missing), value, scale=1.0)
+        y: Tensor = x + self.gain * self.output(attended.squeeze(1).transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
         return y
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """Return a map (N, C, H, W) as one head's rows (N, 1, HW, C), contiguous; a view if it is channels last."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The command that measures: its figures against hand counts, and against the bars as ratios."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -74,3 +75,89 @@ def test_images_cost_less_cpu_than_through_stock_webdataset(shared_data, tmp_pat
     assert sorted(found["ratios"])[1] >= bar, result.stdout
     assert max(speed["worker_megabytes"] for speed in found["loader"]) < 300
     assert max(found["plan_seconds"], found["imagenet_plan_seconds"]) < 0.2
+
+
+LIGHT = """
+import importlib.metadata as metadata, re, sys
+needed, waiting = {"sagan-at-scale"}, ["torch", "PyYAML", "pydantic"]
+while waiting:
+    name = waiting.pop().lower().replace("_", "-")
+    if name not in needed:
+        needed.add(name)
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # for another system
+        waiting += [re.match("[A-Za-z0-9._-]+", line)[0] for line in requirements if "extra ==" not in line]
+for package, distributions in metadata.packages_distributions().items():
+    if not {name.lower().replace("_", "-") for name in distributions} & needed:
+        sys.modules[package] = None  # importing it fails
+assert "accelerate" in sys.modules and "numpy" in sys.modules and "sagan" not in sys.modules
+from launch.benchmark import main
+sys.exit(main(sys.argv[1:]))
+"""
+TINY = """
+run: {name: tiny, device: cpu}
+data: {shards: none}
+model: {resolution: 16, num_classes: 3, attention_resolution: 8, g_channels: 8, d_channels: 8, z_dim: 8}
+train: {steps: 1, global_batch_size: 4}
+"""
+
+
+def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
+    """As on a machine that lends a GPU and has little else; the figures hang together."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command = [sys.executable, "-c", LIGHT, "train", "tiny.yaml", "--baseline", "--updates", "2", "--repeats", "3",
+               "--json", "found.json", "--trace", "trace.json"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    ours, baseline = found["settings"]
+    assert [ours["name"], baseline["name"]] == ["as configured", "baseline"]
+    assert [len(one["images_per_second"]) for one in (ours, baseline)] == [3, 3]
+    pairs = [a / b for a, b in zip(ours["images_per_second"], baseline["images_per_second"], strict=True)]
+    assert found["ratio"]["median"] == pytest.approx(sorted(pairs)[1])
+    parts = ours["parts_seconds"]
+    assert all(seconds > 0 for seconds in parts.values()), parts
+    assert parts["optimizer"] + parts["finite check"] < parts["discriminator step"] + parts["generator step"]
+    speed = found["update_flops"] * sorted(ours["images_per_second"])[1] / 4
+    assert ours["flops_per_second"] == pytest.approx(speed)
+    assert ours["utilisation"] == pytest.approx(speed / found["matrix_product_flops_per_second"])
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"discriminator step", "generator step", "ema"} <= names
+    for words in ("images/s, median", "spectral norm, s", "ratio  "):
+        assert words in result.stdout
+
+
+def test_a_setting_is_compared_with_another(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = benchmark("train", tmp_path / "tiny.yaml", "--compare", "train.precision=bf16", "--updates", 1,
+                       "run.seed=1", "--repeats", 2)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "of as configured to train.precision=bf16" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.num_classes=0", "--baseline"], "--baseline knows networks with classes only"),
+        (["train.precison=bf16"], "train.precison"),
+        (["--batch-size", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_line(arguments, words, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = benchmark("train", tmp_path / "tiny.yaml", *arguments)
+    assert result.returncode != 0 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_operations_are_counted_as_by_hand():
+    """Forward is 9.5 GMAC for G and 4.7 for D; a backward pass is twice that, or once to the input alone."""
+    from pipeline.config import load_config
+    from pipeline.train_benchmark import update_flops
+
+    one, two = (load_config(REPO / "configs/imagenet128.yaml", [f"train.global_batch_size={n}"]) for n in (1, 2))
+    assert update_flops(two) == 2 * update_flops(one)
+    by_hand = 9.5 + 2 * 4.7 * 3 + 9.5 * 3 + 4.7 * 2  # without attention's padding
+    assert update_flops(one) / 2e9 == pytest.approx(by_hand, rel=0.03)

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from pipeline import checkpoint
-from pipeline import trainer as trainer_module
+from pipeline import gan as gan_module
 from pipeline.backend import Player
 from pipeline.config import load_config
 from pipeline.manifest import open_shard_set
@@ -39,16 +39,16 @@ def main() -> None:
         return update(self, step, loss)
 
     update, Player.update = Player.update, recording_update
-    trainer_module.build_generator = build_without_idle_biases
+    gan_module.build_generator = build_without_idle_biases
     trainer = Trainer(config, world, open_shard_set(config.data.shards))
     batches = trainer.loader.batches(0)
     for _ in range(5):
         trainer._one_step(batches)
-    players = (trainer.generator, trainer.discriminator)
+    players = (trainer.gan.generator, trainer.gan.discriminator)
     seen = {
-        "backend": trainer.generator.backend,
+        "backend": trainer.gan.generator.backend,
         "losses": list(losses),
-        "networks": copy.deepcopy(trainer._networks()),
+        "networks": copy.deepcopy(trainer.gan.state_dicts()),
         "optimizers": copy.deepcopy({player.name: player.optimizer_state() for player in players}),
     }
     if world.size > 1:
@@ -67,14 +67,14 @@ def rolls_back(trainer: Trainer) -> bool:
     for _ in range(2):
         trainer._restore(checkpoint.load(checkpoint.published(trainer.config.run_dir)[-1]))
         trainer._one_step(trainer.loader.batches(trainer.step * trainer.config.train.num_d_steps))
-        found.append(checkpoint.digests(trainer._networks()))
-        trainer._compare_replicas(trainer._networks())
+        found.append(checkpoint.digests(trainer.gan.state_dicts()))
+        trainer._compare_replicas(trainer.gan.state_dicts())
     return found[0] == found[1]
 
 
 def poisoned_update(trainer: Trainer, world: World, batches) -> dict:
     """A discriminator update whose gradient is NaN in one tensor, on the last rank, in the first micro-batch only."""
-    player, left = trainer.discriminator, [1]
+    player, left = trainer.gan.discriminator, [1]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor | None:
         if world.rank < world.size - 1 or not left[0]:
@@ -84,14 +84,14 @@ def poisoned_update(trainer: Trainer, world: World, batches) -> dict:
 
     before = checkpoint.digests({"d": dict(player.module.named_parameters())}), str(player.optimizer_state())
     handle = player.module.embedding.weight.register_hook(poison)
-    noises = trainer._draw("d_z", "d_labels", 6, 0)
-    pairs = list(zip(trainer._to_device(next(batches)), noises, strict=True))
-    discriminator_step(6, trainer.generator, player, pairs, trainer.autocast)
+    noises = trainer.gan._draw("d_z", "d_labels", 6, 0, 0)
+    pairs = list(zip(trainer.gan._to_device(next(batches)), noises, strict=True))
+    discriminator_step(6, trainer.gan.generator, player, pairs, trainer.gan._autocast)
     handle.remove()
     after = checkpoint.digests({"d": dict(player.module.named_parameters())}), str(player.optimizer_state())
     reports = world.gather(str(player.watch.report()))
     player.watch.reset()
-    discriminator_step(7, trainer.generator, player, pairs, trainer.autocast)
+    discriminator_step(7, trainer.gan.generator, player, pairs, trainer.gan._autocast)
     moved = checkpoint.digests({"d": dict(player.module.named_parameters())}) != before[0]
     return {"unchanged": world.gather(before == after), "reports": reports, "goes_on": moved,
             "finite": player.watch.report() is None}  # fmt: skip
@@ -100,10 +100,10 @@ def poisoned_update(trainer: Trainer, world: World, batches) -> dict:
 def dtypes_under_autocast(trainer: Trainer, batch) -> list[torch.dtype]:
     """What a block of the discriminator gives under our autocast, when called through the backend."""
     found = []
-    handle = trainer.discriminator.module.blocks[0].register_forward_hook(lambda *args: found.append(args[2].dtype))
-    real = trainer._to_device(batch)[0]
+    handle = trainer.gan.discriminator.module.blocks[0].register_forward_hook(lambda *args: found.append(args[2].dtype))
+    real = trainer.gan._to_device(batch)[0]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits = trainer.discriminator(real.images, real.labels)
+        logits = trainer.gan.discriminator(real.images, real.labels)
     handle.remove()
     return [*found, logits.dtype]
 

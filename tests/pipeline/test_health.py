@@ -67,16 +67,21 @@ def test_a_rank_that_holds_some_gradients_names_the_right_ones():
     assert str(watch.report()) == "generator went non-finite at step 4: loss"
 
 
-def test_the_largest_gradient_is_that_of_the_finite_ones():
+def test_the_gradient_norm_is_that_of_the_finite_ones_whoever_holds_them():
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     with_gradients(network)
-    network[0].bias.grad[1] = -7.5
+    expected = float(torch.cat([gradient.flatten() for gradient in gradients_of(network)]).norm())
+    for num_copies in (1, 2):
+        watch = FiniteWatch(
+            "generator", [name for name, _ in network.named_parameters()], torch.device("cpu"), num_copies
+        )
+        watch.found_non_finite(1, torch.tensor(0.0), 0, gradients_of(network))
+        assert float(watch.gradient_norm) == pytest.approx(expected / num_copies**0.5)  # one of them reports
+    finite = torch.cat([gradient.flatten() for gradient in gradients_of(network)[:3]])
+    network[1].bias.grad[0] = float("inf")
     watch = watched(network)
-    watch.found_non_finite(1, torch.tensor(0.0), 0, gradients_of(network))
-    assert float(watch.largest_gradient) == max(float(g.abs().max()) for g in gradients_of(network)) == 7.5
-    network[1].weight.grad[0, 0] = float("inf")
     watch.found_non_finite(2, torch.tensor(0.0), 0, gradients_of(network))
-    assert float(watch.largest_gradient) == 7.5
+    assert float(watch.gradient_norm) == pytest.approx(float(finite.norm()))
 
 
 def test_non_finite_buffers_are_named():

@@ -8,9 +8,10 @@ import sys
 
 import torch
 
-from pipeline import trainer as trainer_module
+from pipeline import gan as gan_module
 from pipeline.backend import Player
 from pipeline.config import load_config
+from pipeline.gan import Gan
 from pipeline.manifest import open_shard_set
 from pipeline.noise import draw_z
 from pipeline.trainer import ReplicaError, Trainer
@@ -28,23 +29,23 @@ def main() -> None:
         seen["losses"].append(sum(world.gather(float(loss))) / world.size)
         return update(self, step, loss)
 
-    def recording_draw(self: Trainer, *purpose) -> list:
+    def recording_draw(self: Gan, *purpose) -> list:
         noises = draw(self, *purpose)
         # Rows of the global micro-batches again, from every rank's part.
         parts = zip(*world.gather([noise.z for noise in noises]), strict=True)
         seen["z"].append(torch.cat([torch.cat(micro_batch) for micro_batch in parts]))
         return noises
 
-    update, draw = Player.update, Trainer._draw
-    Player.update, Trainer._draw = recording_update, recording_draw
+    update, draw = Player.update, Gan._draw
+    Player.update, Gan._draw = recording_update, recording_draw
     if "--noise-by-rank" in rest:
-        trainer_module.draw_z = lambda seed, *purpose: draw_z(seed + world.rank, *purpose)
+        gan_module.draw_z = lambda seed, *purpose: draw_z(seed + world.rank, *purpose)
     trainer = Trainer(config, world, open_shard_set(config.data.shards))
     batches = trainer.loader.batches(0)
     for _ in range(5):
         trainer._one_step(recorded(batches, seen, world, config.train.accumulation_steps))
     if world.is_main:
-        seen["networks"] = copy.deepcopy(trainer._networks())
+        seen["networks"] = copy.deepcopy(trainer.gan.state_dicts())
     if world.size > 1:
         seen["replica_errors"] = world.gather(spoil_last_rank(trainer, world))
     if world.is_main:
@@ -55,7 +56,7 @@ def main() -> None:
 def spoil_last_rank(trainer: Trainer, world: World) -> str:
     """Changes one buffer of the last rank by the last bit, as a replica that drifts would, and tries to save."""
     if world.rank == world.size - 1:
-        running_var = trainer.generator.module.blocks[0].norm1.norm.running_var
+        running_var = trainer.gan.generator.module.blocks[0].norm1.norm.running_var
         running_var[0] = torch.nextafter(running_var[0], torch.tensor(9.0, dtype=running_var.dtype))
     try:
         trainer._save()

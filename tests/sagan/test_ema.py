@@ -49,14 +49,13 @@ def test_copies_before_the_start_step_then_averages_parameters_and_copies_buffer
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_skip_leaves_average_and_buffers_even_of_a_broken_model(step: int) -> None:
+def test_skip_leaves_average_and_buffers_even_of_broken_buffers(step: int) -> None:
     toy = Toy()
     toy.become(2.0)
     ema = Ema(toy, decay=0.9, start_step=3)
     toy.become(3.0)
     with torch.no_grad():
-        toy.weight.fill_(float("nan"))
-        toy.mean.fill_(float("inf"))
+        toy.mean.fill_(float("nan"))  # the weights of a skipped update are those before it
     ema.update(toy, step, skip=torch.tensor(True))
     assert isinstance(ema.module, Toy) and state(ema.module) == ([2.0] * 2, [20.0] * 2, 2)
     toy.become(3.0)

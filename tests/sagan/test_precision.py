@@ -57,21 +57,24 @@ def training_pass() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
 @pytest.mark.parametrize(
     ("name", "layer"), [pair for kind in SpectralNorm.__subclasses__() for pair in layers_of(kind)]
 )
-def test_each_spectral_norm_gives_the_same_bits_under_autocast(name: str, layer: SpectralNorm) -> None:
-    """The normalised weight, its gradient, and u and v after a power iteration."""
+def test_each_spectral_norm_is_taken_in_float32_under_autocast(name: str, layer: SpectralNorm) -> None:
+    """The normalised weight is rounded once, last; its gradient, u and v after a power iteration have the same bits."""
     results = []
+    cotangent = torch.randn(layer.weight.shape).bfloat16()
     for enabled in (False, True):
         u, v = layer.u.clone(), layer.v.clone()
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             weight = layer.normalized_weight()
-            weight.square().sum().backward()
             advance_spectral_norm(layer)
+        weight.backward(cotangent.to(weight.dtype))
         assert layer.weight.grad is not None
         results.append((weight.detach(), layer.weight.grad.clone(), layer.u.clone(), layer.v.clone()))
         layer.u.copy_(u)
         layer.v.copy_(v)
-    for plain, low in zip(*results, strict=True):
+    assert results[1][0].dtype == torch.bfloat16
+    assert torch.equal(results[0][0].bfloat16(), results[1][0])
+    for plain, low in zip(results[0][1:], results[1][1:], strict=True):
         assert plain.dtype == low.dtype == torch.float32
         assert torch.equal(plain, low)
 
@@ -134,15 +137,36 @@ class _RecordDtypes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "layer"), layers_of(SelfAttention))
-def test_each_attention_takes_its_softmax_in_float32_there_and_back(name: str, layer: SelfAttention) -> None:
+def test_each_attention_uses_the_kernel_that_never_holds_the_map(name: str, layer: SelfAttention) -> None:
     x = torch.randn(2, layer.query.in_channels, 8, 8).bfloat16().requires_grad_()
     with _RecordDtypes() as recorded:
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
         y.float().sum().backward()
-    assert recorded.given["_softmax"] == {torch.float32}
-    assert recorded.given["_softmax_backward_data"] == {torch.float32}
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert recorded.given[kernel] == {torch.bfloat16}
+    assert kernel + "_backward" in recorded.given
     assert torch.bfloat16 in recorded.given["convolution"]
+
+
+def test_that_kernel_takes_its_softmax_in_float32_there_and_back() -> None:
+    """Dot products of 1,000 and more, between which bfloat16 cannot tell apart what differs by less than 4."""
+    torch.manual_seed(0)
+    base = torch.full((1, 1, 1, 16), 8.0)
+    query, key = ((base + torch.randn(1, 1, rows, 16) / 4).bfloat16() for rows in (64, 32))
+    value = torch.randn(1, 1, 32, 16).bfloat16()
+    outputs = []
+    for dtype in (torch.float64, torch.bfloat16):
+        q, k, v = (x.to(dtype).requires_grad_() for x in (query, key, value))
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        y.backward(torch.ones_like(y) * v.detach()[:, :, :1])
+        outputs.append((y.double(), v.grad))  # the backward pass takes the softmax again
+    logits = query.double() @ key.double().transpose(2, 3)
+    low = torch.softmax(logits.bfloat16(), -1).double() @ value.double()
+    assert (low - outputs[0][0]).abs().max() > 0.3, "the data tell the two apart"
+    for exact, found in zip(*outputs, strict=True):
+        assert exact is not None and found is not None
+        torch.testing.assert_close(found.double(), exact.double(), rtol=0.03, atol=0.03)
 
 
 def test_the_final_projection_and_the_images_are_float32(
