@@ -91,6 +91,7 @@ class TrainConfig:
     num_d_steps: PositiveInt = 1  # discriminator updates per generator update
     precision: Literal["float32", "bf16", "float64"] = "float32"  # bf16: autocast with float32 islands
     channels_last: bool = True
+    compile: bool = False  # torch.compile: the first step takes minutes, the others less
     log_every_steps: PositiveInt = 50
     sample_every_steps: PositiveInt = 1000
     checkpoint_every_steps: PositiveInt = 1000
@@ -206,7 +207,7 @@ FREE_TO_CHANGE = frozenset(
         "run.name", "run.dir", "run.device", "run.deterministic", "run.expected_world_size", "run.accept_changes",
         "data.shards", "data.num_workers", "data.prefetch_batches", "data.cache_dir", "data.cache_bytes",
         "train.steps", "train.log_every_steps", "train.sample_every_steps", "train.checkpoint_every_steps",
-        "train.keep_checkpoints", "train.channels_last",
+        "train.keep_checkpoints", "train.channels_last", "train.compile",
         "health.on_failure", "health.max_rollbacks", "health.stall_seconds",
     }
 )  # fmt: skip

@@ -81,6 +81,8 @@ class Gan:
 
     def _player(self, name: str, module: nn.Module, learning_rate: float) -> Player:
         module.to(self.world.device, self._dtype).to(memory_format=self._layout).train()
+        if self.config.train.compile:
+            module.compile()
         settings = self.config.optimizer
         optimizer = torch.optim.Adam(module.parameters(), learning_rate, settings.betas, settings.eps, fused=True)
         return Player(name, module, optimizer, self.world)

@@ -443,7 +443,7 @@ def check_labels(labels: Tensor | None, num_classes: int, batch_size: int) -> No
         raise ValueError(f"this network is conditional (num_classes={num_classes}): labels must be given, got None")
     if labels.shape != (batch_size,) or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape ({batch_size},), got {labels.dtype} {tuple(labels.shape)}")
-    has_values = type(labels) is Tensor  # unlike torch's fake tensors
+    has_values = type(labels) is Tensor and not torch.compiler.is_compiling()  # torch's fake tensors have none
     if labels.device.type == "cpu" and has_values and batch_size and (labels.min() < 0 or labels.max() >= num_classes):
         raise ValueError(
             f"labels must lie in 0..{num_classes - 1}, got {labels.min().item()}..{labels.max().item()}: "
