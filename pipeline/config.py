@@ -51,6 +51,7 @@ class ModelConfig:
 
     resolution: Literal[16, 32, 64, 128, 256]  # pixels
     num_classes: NonNegativeInt  # 0: unconditional; must equal the data set's
+    architecture: Literal["resnet", "dcgan"] = "resnet"  # SAGAN's; dcgan: 64 px, unconditional (configs/celeba64.yaml)
     z_dim: PositiveInt = 128
     g_channels: PositiveInt = 64  # width of the generator's last block; the others are multiples of it
     d_channels: PositiveInt = 64
@@ -69,6 +70,15 @@ class ModelConfig:
                 f"attention_resolution must be null or one of {allowed} at resolution {self.resolution}, "
                 f"got {self.attention_resolution}"
             )
+        if self.architecture == "dcgan" and (
+            (self.resolution, self.num_classes) != (64, 0) or self.attention_resolution not in (None, 32)
+        ):
+            raise ValueError(
+                "architecture dcgan has resolution 64, num_classes 0 and attention_resolution 32 or null, "
+                f"got {self.resolution}, {self.num_classes} and {self.attention_resolution}"
+            )
+        if self.architecture == "dcgan" and self.spectral_norm_on_class_tables:
+            raise ValueError("spectral_norm_on_class_tables must be false for architecture dcgan: it has no classes")
 
 
 @dataclass(frozen=True)

@@ -307,12 +307,13 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: C of the map, a multiple of 8.
+        scaled: whether the dot products are divided by sqrt(d), d = C/8, after all (arXiv 1706.03762).
 
     Raises:
         ValueError: `channels` is no multiple of 8.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, scaled: bool = False) -> None:
         super().__init__()
         if channels % 8:
             raise ValueError(
@@ -324,6 +325,7 @@ class SelfAttention(nn.Module):
         self.value = SNConv2d(channels, channels // 2, 1, bias=False)
         self.output = SNConv2d(channels // 2, channels, 1, bias=False)
         self.gain = nn.Parameter(torch.zeros(()))
+        self.scale = (channels // 8) ** -0.5 if scaled else 1.0
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how much each pixel of `x` (N, C, H, W) takes from each 2x2 cell.
@@ -331,7 +333,7 @@ class SelfAttention(nn.Module):
         Returns:
             (N, H*W, H*W/4), at least float32, each row sums to 1; pixels and cells in row-major order.
         """
-        query = self.query(x).flatten(2)  # (N, C/8, HW)
+        query = self.scale * self.query(x).flatten(2)  # (N, C/8, HW)
         key = F.max_pool2d(self.key(x), 2).flatten(2)  # (N, C/8, HW/4)
         with without_autocast(x):
             return torch.softmax(full_precision(query).transpose(1, 2) @ full_precision(key), dim=-1)
