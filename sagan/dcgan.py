@@ -92,8 +92,8 @@ class DcganGenerator(nn.Module):
         """
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z must have shape (N, {self.z_dim}), got {tuple(z.shape)}")
-        check_labels(labels, 0, len(z))
-        x = F.relu(self.norms[0](self.linear(z).view(len(z), -1, 4, 4)))
+        check_labels(labels, 0, z.shape[0])
+        x = F.relu(self.norms[0](self.linear(z).view(z.shape[0], -1, 4, 4)))
         for conv, norm in zip(self.convs, self.norms[1:], strict=True):
             x = F.relu(norm(conv(F.interpolate(x, scale_factor=2, mode="nearest"))))
         if self.has_attention:

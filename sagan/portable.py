@@ -42,7 +42,8 @@ def _plain(layer: SNConv2d | SNLinear | SNEmbedding) -> nn.Module:
                 plain = nn.Linear(layer.in_features, layer.out_features)
             case SNEmbedding():
                 plain = nn.Embedding(layer.num_embeddings, layer.embedding_dim)
-    plain.weight = nn.Parameter(layer.normalized_weight().clone(), requires_grad=layer.weight.requires_grad)
+    weight = layer.weight if layer.weight.is_meta else layer.normalized_weight()  # of meta tensors the shape will do
+    plain.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
     if not isinstance(layer, SNEmbedding):
         plain.bias = layer.bias  # some have none
     return plain.train(layer.training)
