@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -288,11 +288,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_hyperparameters(before: dict[str, Any], config: Config) -> list[str]:
     """Lists what a resume would change and may not: one line per key, `key: old -> new`.
 
+    A key that is younger than the checkpoint had its default value then, as that is what the code before it did.
+
     Args:
         before: nested values of the configuration the checkpoint was made with.
         config: configuration of the run that resumes; `run.accept_changes` excuses keys.
     """
-    old, new = flatten(before), flatten(to_dict(config))
+    old, new = _defaults() | flatten(before), flatten(to_dict(config))
     excused = FREE_TO_CHANGE | set(config.run.accept_changes)
     missing = "(absent)"
     return [
@@ -302,6 +304,12 @@ def changed_hyperparameters(before: dict[str, Any], config: Config) -> list[str]
         and key not in excused
         and key.split(".")[0] not in ("tracking", "evaluation")
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    sections: dict[str, Any] = get_type_hints(Config)
+    found = {name: {item.name: item.default for item in fields(kind)} for name, kind in sections.items()}
+    return {key: value for key, value in flatten(found).items() if value is not MISSING}
 
 
 class _Loader(yaml.SafeLoader):
