@@ -12,9 +12,9 @@ examples:
   the best by FID          python launch/export.py runs/imagenet128 exports/best --checkpoint best
   without ONNX             python launch/export.py runs/demo exports/demo --no-onnx
 
-OUT holds model.safetensors (spectral norm folded into the weights), config.json, model.onnx, a model card README.md with
-the scores of these weights, samples.png, and sample.py with all the code it needs: torch and safetensors are enough to
-use it. It can be pushed to a model hub as it is. Three lines sample it:
+OUT holds model.safetensors (spectral norm folded into the weights), config.json, model.onnx, a model card README.md
+with the scores of these weights, samples.png, and sample.py with all the code it needs: torch and safetensors are
+enough to use it. It can be pushed to a model hub as it is. Three lines sample it:
 
   import sagan, torch
   generator = sagan.load("exports/imagenet128")

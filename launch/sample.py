@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from launch.arguments import at_least
@@ -16,7 +17,8 @@ _TEXTS = {
     "attention": (
         "Attention.",
         "The first cell has five points. Each of the others shows, in the colour of its point, where the generator "
-        "(G) or the discriminator (D) looks from there: full colour is the largest weight of that map.",
+        "(G) or the discriminator (D) looks from there: full colour is the largest weight of that map, an even "
+        "colour means that it looks everywhere alike.",
     ),
     "neighbours": (
         "Nearest real images.",
@@ -70,6 +72,7 @@ def _draw(options: argparse.Namespace, command: list[str]) -> int:
         tuple(options.points) or pictures.Wish.places,
         tuple(options.truncations) or pictures.TRUNCATIONS,
     )
+    few = wish if options.classes else replace(wish, classes=wish.classes[:: max(1, len(wish.classes) // 4)][:4])
     out = options.out or (opened.run_dir or Path(".")) / "pictures" / f"step-{opened.step:08d}"
     out.mkdir(parents=True, exist_ok=True)
     for remark in opened.remarks:
@@ -79,12 +82,12 @@ def _draw(options: argparse.Namespace, command: list[str]) -> int:
         "interpolation": lambda: pictures.interpolation(opened, wish),
         "classes": lambda: pictures.between_classes(opened, wish),
         "truncation": lambda: pictures.truncation(opened, wish),
-        "attention": lambda: pictures.attention_figure(opened, open_discriminator(opened, device), wish),
+        "attention": lambda: pictures.attention_figure(opened, open_discriminator(opened, device), few),
         "neighbours": lambda: pictures.neighbours(opened, wish, options.features),
     }
     entries = []
     for name in options.figures or _TEXTS:
-        path = out / f"{name}.{'gif' if name == 'animation' else 'png'}"
+        path = out / f"{name}.{'webp' if name == 'animation' else 'png'}"
         try:
             if name == "animation":
                 pictures.animation(opened, path)

@@ -25,7 +25,9 @@ def has_attention(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def attention_maps(network: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs a network and computes the map of its attention layer from what that layer saw; training knows nothing of it.
+    """Runs a network and computes the map of its attention layer from what that layer saw.
+
+    Training needs no code for this and has none.
 
     Args:
         network: a generator or discriminator with attention.

@@ -37,7 +37,7 @@ img {{ max-width: 100%; height: auto; image-rendering: pixelated; border: 1px so
 class Entry:
     """A picture on the sheet."""
 
-    path: Path  # PNG or GIF
+    path: Path  # PNG or WebP
     title: str
     text: str
 
@@ -54,7 +54,8 @@ def write(path: Path, title: str, facts: Mapping[str, str], entries: Sequence[En
     rows = "\n".join(f"<tr><td>{_text(name)}</td><td>{_text(text)}</td></tr>" for name, text in facts.items())
     figures = "\n".join(
         f"<figure><figcaption><strong>{_text(entry.title)}</strong> {_text(entry.text)}</figcaption>"
-        f'<img alt="{_text(entry.title)}" src="data:image/{entry.path.suffix[1:]};base64,{_base64(entry.path)}"></figure>'
+        f'<img alt="{_text(entry.title)}" src="data:image/{entry.path.suffix[1:]};base64,{_base64(entry.path)}">'
+        "</figure>"
         for entry in entries
     )
     path.write_text(_PAGE.format(title=_text(title), facts=rows, figures=figures))

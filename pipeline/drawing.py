@@ -37,10 +37,11 @@ def tile(
         column_titles: above each column; may be empty.
     """
     width, height = rows[0][0].size
-    font = ImageFont.load_default(max(11, min(width, height) // 7))
+    size = max(11, min(width, height) // 7)
+    font = ImageFont.load_default(size)
     titles = [shorten(title) for title in row_titles]
     left = math.ceil(max((font.getlength(title) for title in titles), default=0)) + (_MARGIN if titles else 0)
-    above = round(font.size * 1.6) if column_titles else 0
+    above = round(size * 1.6) if column_titles else 0
     columns = max(len(row) for row in rows)
     sheet = Image.new(
         "RGB",
@@ -62,7 +63,7 @@ def tile(
 
 def shorten(text: str) -> str:
     """Returns a title that fits: its beginning, if it is long."""
-    return text if len(text) <= _LONGEST_TITLE else text[: _LONGEST_TITLE - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    return text if len(text) <= _LONGEST_TITLE else text[: _LONGEST_TITLE - 3].rstrip() + "..."
 
 
 def dot(picture: Image.Image, place: tuple[float, float], colour: Colour) -> None:

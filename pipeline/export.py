@@ -169,7 +169,7 @@ def _write_onnx(generator: nn.Module, path: Path, z: Tensor, labels: Tensor | No
 
 
 def _run_onnx(path: Path, z: Tensor, labels: Tensor | None) -> Tensor:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]  # it comes without types
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     inputs: dict[str, Any] = {"z": z.numpy()} | ({} if labels is None else {"labels": labels.numpy()})
@@ -263,4 +263,3 @@ def _score_lines(opened: Opened) -> list[str]:
 def size_of(directory: Path) -> int:
     """Returns the bytes of a folder's files."""
     return sum(os.path.getsize(path) for path in directory.rglob("*") if path.is_file())
-

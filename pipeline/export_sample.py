@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Parses the command line and writes one PNG: a row for each class."""
     parser = argparse.ArgumentParser(description="Writes samples of the generator in this folder as one PNG.")
-    parser.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="numbers or names; default: the first 8")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="numbers or names; default: 0 to 7")
     parser.add_argument("--columns", type=int, default=8, metavar="N", help="images of each class; default 8")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
     parser.add_argument("--out", type=Path, default=Path("images.png"), metavar="FILE", help="default images.png")
@@ -31,9 +31,10 @@ def main() -> None:
     classes = classes or list(range(min(8, generator.num_classes)))
     rows = len(classes) or 8
     z = torch.randn(rows, arguments.columns, generator.z_dim, generator=torch.Generator().manual_seed(arguments.seed))
-    labels = [torch.full((arguments.columns,), label) for label in classes] or [None] * rows
+    labels: list[torch.Tensor | None] = [torch.full((arguments.columns,), label) for label in classes]
+    labels = labels or [None] * rows
     with torch.no_grad():
-        images = torch.stack([generator(noise, label) for noise, label in zip(z, labels)])
+        images = torch.stack([generator(noise, label) for noise, label in zip(z, labels, strict=True)])
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)  # (rows, columns, 3, H, W)
     write_png(pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), arguments.out)
     print(f"{arguments.out}: {rows} x {arguments.columns} images of {generator.resolution} px")
@@ -57,8 +58,9 @@ def write_png(picture: torch.Tensor, path: Path) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(rows.flatten().tolist()))) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    data = zlib.compress(bytes(rows.flatten().tolist()))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def to_square(image: Image.Image, size: int, crop: int | None = None) -> npt.NDA
         (size, size, 3) uint8.
 
     Raises:
-        UnreadableImage: smaller than `crop`, pixels without a known range (32-bit) or a colour space that Pillow does not convert.
+        UnreadableImage: smaller than `crop`, pixels without a known range (32-bit), or a colour space that Pillow does
+            not convert.
     """
     width, height = image.size
     side = crop or min(width, height)

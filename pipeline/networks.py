@@ -12,7 +12,7 @@ def build_generator(config: Config) -> Generator | DcganGenerator:
     """Returns the generator of a configuration, initialised from the global torch RNG."""
     model = config.model
     network = DcganGenerator if model.architecture == "dcgan" else Generator
-    training = {
+    training: dict[str, Any] = {
         "init": model.init,
         "spectral_norm_eps": model.spectral_norm_eps,
         "batch_norm_momentum": model.batch_norm_momentum,

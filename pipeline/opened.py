@@ -1,10 +1,9 @@
-"""A generator from wherever it lies: a run, a checkpoint or snapshot of one, or an exported folder; read, not changed."""
+"""A generator from wherever it lies: a run, a checkpoint or snapshot of one, or an exported folder."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -80,7 +79,7 @@ def open_generator(
         return _open_checkpoint(path, weights, device)
     raise OpenError(
         f"{where} holds none of config.yaml (a run), trainer.json (a checkpoint or snapshot) and {CONFIG_NAME} (an "
-        "export): give the directory run.dir/run.name of a run, a step-N directory in it, or what launch/export.py wrote"
+        "export): give the directory run.dir/run.name of a run, a step-N in it, or what launch/export.py wrote"
     )
 
 
@@ -114,7 +113,7 @@ def _open_export(path: Path, which: str, weights: str, device: torch.device) -> 
     if (which, weights) != ("newest", "ema"):
         raise OpenError(f"{path} is an export, which holds one generator: leave out --checkpoint and --weights")
     config = read_config(path)
-    generator: Any = load(path, device)
+    generator = load(path, device)
     return Opened(
         path=path,
         step=config["provenance"]["step"],

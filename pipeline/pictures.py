@@ -53,7 +53,11 @@ class Wish:
 
 
 def choose_classes(opened: Opened, wanted: Sequence[str]) -> tuple[int, ...]:
-    """Returns the labels of classes given by number or by name, folder's or person's; none given: as in the run's grids.
+    """Returns the labels of classes given by number or name; none given: those of the run's grids.
+
+    Args:
+        opened: knows the names: those of the folders and, if there are, what a person calls them.
+        wanted: as a person typed them.
 
     Raises:
         PictureError: no such class.
@@ -66,8 +70,7 @@ def choose_classes(opened: Opened, wanted: Sequence[str]) -> tuple[int, ...]:
 
 
 def _label(opened: Opened, text: str) -> int:
-    titles = [part.strip().lower() for title in opened.class_titles for part in [title]]
-    words = [[word.strip().lower() for word in title.split(",")] for title in titles]
+    words = [[word.strip().lower() for word in title.split(",")] for title in opened.class_titles]
     by_name = [label for label, name in enumerate(opened.class_names) if name == text]
     by_title = [label for label, found in enumerate(words) if text.lower() in found]
     if by_title or (by_name and not text.isdecimal()):
@@ -151,7 +154,7 @@ def between_classes(opened: Opened, wish: Wish) -> Image.Image:
         with mixed_classes(opened.generator, start, stop, shares):
             images = _images(opened, noise, torch.full((wish.columns,), start))
         rows.append(drawing.cells(images))
-    titles = [f"{opened.title(start)} \N{RIGHTWARDS ARROW} {opened.title(stop)}" for start, stop in pairs]
+    titles = [f"{opened.title(start)} to {opened.title(stop)}" for start, stop in pairs]
     return drawing.tile(rows, titles)
 
 
@@ -277,7 +280,7 @@ def _read(shard_set: ShardSet, numbers: list[int], config: Config) -> Tensor:
 
 
 def animation(opened: Opened, path: Path) -> int:
-    """Writes the run's sample grids, step by step, as an animated GIF; returns the number of frames.
+    """Writes the run's sample grids, step by step, as an animated WebP; returns the number of frames.
 
     Of many grids evenly spread ones are taken, and large ones are made smaller.
 
@@ -292,11 +295,9 @@ def animation(opened: Opened, path: Path) -> int:
     frames = []
     for grid_path in chosen:
         with Image.open(grid_path) as picture:
-            picture = picture.convert("RGB")
-            if picture.width > _FRAME_WIDTH:
-                size = (_FRAME_WIDTH, round(picture.height * _FRAME_WIDTH / picture.width))
-                picture = picture.resize(size, Image.Resampling.LANCZOS)
+            picture.thumbnail((_FRAME_WIDTH, picture.height), Image.Resampling.LANCZOS)
             frames.append(drawing.caption(picture, f"step {int(grid_path.stem.split('-')[1]):,}"))
     milliseconds = [*[200] * (count - 1), 2000]  # the last one stays
-    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    # A quarter of a GIF's bytes, in full colour.
+    frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=80)
     return count

@@ -1,8 +1,8 @@
 """The unconditional DCGAN-like pair for 64-pixel faces: plain 5x5 convolutions instead of residual blocks.
 
 After DCGAN (Radford et al. 2016, arXiv 1511.06434), with the spectral norm, hinge loss and self-attention of SAGAN, and
-with nearest upsampling and average pooling in place of strides. The attention block is SAGAN's, its dot products divided
-by sqrt(d).
+with nearest upsampling and average pooling in place of strides. The attention block is SAGAN's, but its dot products
+are divided by sqrt(d).
 """
 
 from itertools import pairwise

@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +14,12 @@ from sagan.layers import SNConv2d, SNEmbedding, SNLinear
 
 FORMAT = 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-_ARCHITECTURES = {"resnet": Generator, "dcgan": DcganGenerator}
+_ARCHITECTURES: dict[str, type[Generator] | type[DcganGenerator]] = {"resnet": Generator, "dcgan": DcganGenerator}
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def fold_spectral_norm(network: nn.Module) -> nn.Module:
+def fold_spectral_norm(network: Network) -> Network:
     """Return a copy of a network whose spectrally normalised layers are plain ones that hold weight / sigma.
 
     In eval mode it computes what the network does; it cannot be trained on as that can.
@@ -35,8 +37,9 @@ def _plain(layer: SNConv2d | SNLinear | SNEmbedding) -> nn.Module:
     with torch.device("meta"):  # no time for drawing weights that are replaced
         match layer:
             case SNConv2d():
-                plain: nn.Module = nn.Conv2d(
-                    layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding
+                size, has_bias = layer.kernel_size[0], layer.bias is not None
+                plain: nn.Conv2d | nn.Linear | nn.Embedding = nn.Conv2d(
+                    layer.in_channels, layer.out_channels, size, padding=size // 2, bias=has_bias
                 )
             case SNLinear():
                 plain = nn.Linear(layer.in_features, layer.out_features)
@@ -44,12 +47,12 @@ def _plain(layer: SNConv2d | SNLinear | SNEmbedding) -> nn.Module:
                 plain = nn.Embedding(layer.num_embeddings, layer.embedding_dim)
     weight = layer.weight if layer.weight.is_meta else layer.normalized_weight()  # of meta tensors the shape will do
     plain.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
-    if not isinstance(layer, SNEmbedding):
-        plain.bias = layer.bias  # some have none
+    if not isinstance(layer, SNEmbedding) and layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.clone(), requires_grad=layer.bias.requires_grad)
     return plain.train(layer.training)
 
 
-def load(directory: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+def load(directory: Path | str, device: torch.device | str = "cpu") -> Generator | DcganGenerator:
     """Return the generator of an exported folder, in eval mode: `generator(z, labels) -> images`.
 
     Attributes `z_dim`, `num_classes` and `resolution` tell what it takes and gives; see `Generator`.
@@ -80,7 +83,7 @@ def read_config(directory: Path | str) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no exported generator: it holds no {CONFIG_NAME}; see launch/export.py")
+        raise FileNotFoundError(f"{directory} is no exported generator (launch/export.py): it holds no {CONFIG_NAME}")
     config: dict[str, Any] = json.loads(path.read_text())
     if config.get("format") != FORMAT or config.get("architecture") not in _ARCHITECTURES:
         raise ValueError(

@@ -23,7 +23,7 @@ class Model:
     """What MLflow calls; see `sagan.load` for `directory`."""
 
     def __init__(self, directory: str) -> None:
-        self.generator: Any = load(directory)
+        self.generator = load(directory)
 
     @torch.no_grad()
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
