@@ -58,7 +58,7 @@ def _draw(options: argparse.Namespace, command: list[str]) -> int:
     # Imported late, so that --help and a mistyped figure answer at once.
     import torch
 
-    from pipeline import contact_sheet, pictures
+    from pipeline import contact_sheet, pictures, sampling
     from pipeline.opened import open_discriminator, open_generator
 
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
@@ -72,7 +72,7 @@ def _draw(options: argparse.Namespace, command: list[str]) -> int:
         tuple(options.points) or pictures.Wish.places,
         tuple(options.truncations) or pictures.TRUNCATIONS,
     )
-    few = wish if options.classes else replace(wish, classes=wish.classes[:: max(1, len(wish.classes) // 4)][:4])
+    few = wish if options.classes else replace(wish, classes=tuple(sampling.few(list(wish.classes), 4)))
     out = options.out or (opened.run_dir or Path(".")) / "pictures" / f"step-{opened.step:08d}"
     out.mkdir(parents=True, exist_ok=True)
     for remark in opened.remarks:

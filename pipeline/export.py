@@ -1,6 +1,5 @@
 """A run's averaged generator as a folder that can leave the house: weights, card, ONNX and a script to sample it."""
 
-import json
 import os
 import shutil
 import warnings
@@ -10,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import sagan
 from pipeline import results, sampling
+from pipeline.model_folder import write_folder
 from pipeline.networks import generator_arguments
 from pipeline.noise import draw_z
 from pipeline.opened import Opened
-from pipeline.shard_file import write_file
 from pipeline.tracking import git_state
 from sagan import portable
 
@@ -74,27 +72,6 @@ def check(out: Path, onnx: bool) -> None:
         raise ExportError(
             f"ONNX needs {', '.join(missing)}: `pip install -e '.[export]'`, or leave it out with --no-onnx"
         )
-
-
-def write_folder(
-    network: nn.Module, arguments: dict[str, Any], about: dict[str, Any], directory: Path, architecture: str
-) -> nn.Module:
-    """Writes config.json and model.safetensors into a folder and returns the generator that is in them.
-
-    Args:
-        network: a generator in eval mode, with spectral norm.
-        arguments: of its class, without those for training.
-        about: what else config.json tells.
-        directory: there already.
-        architecture: resnet or dcgan.
-    """
-    folded = portable.fold_spectral_norm(network).cpu().float()
-    tensors = {name: tensor.detach().contiguous() for name, tensor in folded.state_dict().items()}
-    # With this metadata other readers of safetensors know what wrote the file.
-    write_file(directory / portable.WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    config = {"format": portable.FORMAT, "architecture": architecture, "arguments": arguments} | about
-    write_file(directory / portable.CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
-    return folded
 
 
 def _write(opened: Opened, directory: Path, onnx: bool) -> list[str]:

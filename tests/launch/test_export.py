@@ -147,7 +147,7 @@ def test_an_export_that_makes_other_images_is_not_left_behind(untrained_run, tmp
 
 
 def test_an_unconditional_generator_of_the_other_architecture(tmp_path, untrained_run):
-    from pipeline.export import write_folder
+    from pipeline.model_folder import write_folder
     from pipeline.networks import generator_arguments
 
     values = to_dict(load_config(untrained_run / "config.yaml"))

@@ -47,7 +47,7 @@ def test_each_map_sums_to_1_over_keys_and_is_the_softmax_by_hand(generator, disc
         assert maps.shape == (2, height, height, height // 2, height // 2)
         torch.testing.assert_close(maps.sum((3, 4)), torch.ones(2, height, height, dtype=torch.float64))
         torch.testing.assert_close(maps, by_hand(network.attention, seen[0], scale))
-        assert maps.max() > 1.5 * maps.mean() and not network.attention._forward_pre_hooks
+        assert maps.max() > 1.1 * maps.mean() and not network.attention._forward_pre_hooks
 
 
 def test_a_place_is_looked_from_in_its_own_pixel():
