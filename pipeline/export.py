@@ -136,7 +136,7 @@ def _write_onnx(generator: nn.Module, path: Path, z: Tensor, labels: Tensor | No
             kwargs=inputs,
             input_names=list(inputs),
             output_names=["images"],
-            dynamic_shapes={name: {0: batch} for name in inputs} | ({"labels": None} if labels is None else {}),
+            dynamic_shapes={name: {0: batch} for name in inputs},
             dynamo=True,
             external_data=False,
             verbose=False,

@@ -402,6 +402,7 @@ def test_a_finished_run_is_a_registered_model_once(database, run_dir):
 
 
 @pytest.mark.s3
+@pytest.mark.slow
 def test_a_model_comes_back_from_object_storage(database, run_dir, s3_bucket, s3_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{s3_server.port}")
     generator = export_generator(run_dir, num_classes=0)
