@@ -102,7 +102,7 @@ def start_job(tmp_path, tiny_shards):
 
 @pytest.fixture(scope="session")
 def as_in_a_new_process():
-    """Function that takes back what an evaluation earlier in this process set for good and torch.export stumbles over."""
+    """Function that takes back what an evaluation in this process set for good and torch.export stumbles over."""
     import torch
 
     def reset() -> None:

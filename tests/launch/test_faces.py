@@ -45,6 +45,7 @@ def build(folder, destination, *options: str) -> int:
                         "--workers", "1", *options])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_celeba64_trains_is_evaluated_sampled_and_exported(
     folder, tmp_path, monkeypatch, repo_root, capsys, as_in_a_new_process
 ):
