@@ -271,7 +271,9 @@ class Sender:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(name, self._destination.artifact_location))
+        # Without this tag MLflow's pages open on what it has for language models.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self._client.create_experiment(name, self._destination.artifact_location, tags))
 
     def _training_died(self) -> bool:
         """Whether the training behind this process ended without saying how, and no other has gone on since."""
