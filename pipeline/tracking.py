@@ -295,10 +295,11 @@ def _description(facts: RunFacts, commit: str) -> str:
             f"accelerate launch --config_file configs/accelerate/{launched_by}.yaml --num_processes {facts.world_size} "
         )
         python = ""
-    dataset = facts.dataset or {"name": "unknown", "source": "unknown"}
+    dataset = facts.dataset or {"name": "unknown", "source": "{}"}
+    place = json.loads(dataset["source"]).get("uri", "unknown")
     return "\n".join(
         [
-            f"Trained on **{dataset['name']}** (`{dataset['source']}`, id `{facts.dataset_id[:12]}`). Again:",
+            f"Trained on **{dataset['name']}** (`{place}`, id `{facts.dataset_id[:12]}`). Again:",
             "",
             "```",
             f"git checkout {commit or 'COMMIT'}",
