@@ -55,7 +55,8 @@ def server(tmp_path_factory):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [Path(sys.executable).with_name("mlflow"), "server", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "served")]  # fmt: skip
+               "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}",
+               "--artifacts-destination", str(home / "served")]  # fmt: skip
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
@@ -148,11 +149,19 @@ def test_curves_of_all_three_and_a_slider_through_their_pictures(look, runs, ser
 
     page.get_by_placeholder("Search metric charts").fill("samples")
     page.locator("text=attention").first.wait_for()  # the other series
-    step = page.get_by_role("spinbutton").last
-    step.fill("40")
-    step.press("Enter")
-    page.locator("img").first.wait_for()
-    page.wait_for_timeout(2000)
+    fetched: set[str] = set()
+
+    def note(answer) -> None:
+        if answer.status == 200 and "images%2Fsamples%2Bstep%2B40%2B" in answer.url:
+            fetched.add(answer.url.rpartition("run_uuid=")[2])
+
+    page.on("response", note)
+    page.get_by_role("slider").last.focus()
+    deadline = time.monotonic() + _PATIENCE / 1000
+    while fetched != set(runs.values()):  # one series for each run, moved by one slider
+        assert time.monotonic() < deadline, fetched
+        page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(500)
     page.screenshot(path=page.keep / "pictures.png", timeout=_PATIENCE)
     page.close()
 
