@@ -103,7 +103,7 @@ def _draw(options: argparse.Namespace, command: list[str]) -> int:
     facts = {
         "generator": f"{opened.path}, step {opened.step:,}, {opened.weights} weights {opened.weights_sha256[:12]}",
         "trained on": f"data set {opened.dataset_id[:12]}",
-        "made by": shlex.join(command),
+        "made by": f"python {shlex.join(command)}",
     }
     contact_sheet.write(out / "index.html", f"{opened.path.name} of {options.where}", facts, entries)
     print(out / "index.html")
