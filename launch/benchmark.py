@@ -126,8 +126,11 @@ def _train(options: argparse.Namespace) -> int:
         if options.compare:
             configs[" ".join(options.compare)] = load_config(options.config, overrides + options.compare)
         first = configs["as configured"]
-        if options.baseline and not first.model.num_classes:
-            raise ConfigError("--baseline knows networks with classes only, model.num_classes is 0; use --compare")
+        if options.baseline and (not first.model.num_classes or first.model.architecture != "resnet"):
+            raise ConfigError(
+                f"--baseline knows residual networks with classes only, got model.architecture="
+                f"{first.model.architecture} with num_classes={first.model.num_classes}; use --compare"
+            )
         world = World(first.run.device, first.run.expected_world_size)
         for config in configs.values():
             if config.train.global_batch_size % (config.train.accumulation_steps * world.size):

@@ -2,6 +2,7 @@
 
 python launch/shards.py build --source ILSVRC2012_img_train.tar --destination shards/imagenet128 --size 128
 python launch/shards.py build --source ILSVRC2012_img_train.tar --destination s3://bucket/imagenet128 --size 128
+python launch/shards.py build --source img_align_celeba --destination shards/celeba64 --size 64 --crop 178
 python launch/shards.py build ... --destination DIR_OR_S3 --part $SLURM_ARRAY_TASK_ID --parts 8   # sbatch --array=0-7
 python launch/shards.py merge DIR_OR_S3                                                           # when all are done
 python launch/shards.py index s3://bucket/imagenet-wds --class-names imagenet_classes.txt --output shards/imagenet-wds
@@ -86,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         "--destination", required=True, metavar="DIR", help="new or empty directory, or s3://bucket/prefix"
     )
     build.add_argument("--size", type=at_least(1), required=True, metavar="PIXELS", help="side of the square images")
+    build.add_argument(
+        "--crop",
+        type=at_least(1),
+        metavar="PIXELS",
+        help="side of the square that is cut out of the middle of each image before it is resized: 178 or 108 for "
+        "CelebA's aligned faces; default: the shorter side of each",
+    )
     build.add_argument(
         "--encoding",
         choices=["webp", "raw", "png", "jpeg444"],
@@ -255,6 +263,7 @@ def _build(options: argparse.Namespace) -> int:
         seed=options.seed,
         limit_per_class=options.limit_per_class,
         split=options.split,
+        crop=options.crop,
     )
     if options.part is None:
         report = shards.build(plan, destination, **built_as, scratch=options.scratch)

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -51,6 +51,7 @@ class ModelConfig:
 
     resolution: Literal[16, 32, 64, 128, 256]  # pixels
     num_classes: NonNegativeInt  # 0: unconditional; must equal the data set's
+    architecture: Literal["resnet", "dcgan"] = "resnet"  # SAGAN's; dcgan: 64 px, unconditional (configs/celeba64.yaml)
     z_dim: PositiveInt = 128
     g_channels: PositiveInt = 64  # width of the generator's last block; the others are multiples of it
     d_channels: PositiveInt = 64
@@ -69,6 +70,15 @@ class ModelConfig:
                 f"attention_resolution must be null or one of {allowed} at resolution {self.resolution}, "
                 f"got {self.attention_resolution}"
             )
+        if self.architecture == "dcgan" and (
+            (self.resolution, self.num_classes) != (64, 0) or self.attention_resolution not in (None, 32)
+        ):
+            raise ValueError(
+                "architecture dcgan has resolution 64, num_classes 0 and attention_resolution 32 or null, "
+                f"got {self.resolution}, {self.num_classes} and {self.attention_resolution}"
+            )
+        if self.architecture == "dcgan" and self.spectral_norm_on_class_tables:
+            raise ValueError("spectral_norm_on_class_tables must be false for architecture dcgan: it has no classes")
 
 
 @dataclass(frozen=True)
@@ -279,11 +289,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_hyperparameters(before: dict[str, Any], config: Config) -> list[str]:
     """Lists what a resume would change and may not: one line per key, `key: old -> new`.
 
+    A key that is younger than the checkpoint had its default value then, as that is what the code before it did.
+
     Args:
         before: nested values of the configuration the checkpoint was made with.
         config: configuration of the run that resumes; `run.accept_changes` excuses keys.
     """
-    old, new = flatten(before), flatten(to_dict(config))
+    old, new = _defaults() | flatten(before), flatten(to_dict(config))
     excused = FREE_TO_CHANGE | set(config.run.accept_changes)
     missing = "(absent)"
     return [
@@ -293,6 +305,12 @@ def changed_hyperparameters(before: dict[str, Any], config: Config) -> list[str]
         and key not in excused
         and key.split(".")[0] not in ("tracking", "evaluation")
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    sections: dict[str, Any] = get_type_hints(Config)
+    found = {name: {item.name: item.default for item in fields(kind)} for name, kind in sections.items()}
+    return {key: value for key, value in flatten(found).items() if value is not MISSING}
 
 
 class _Loader(yaml.SafeLoader):

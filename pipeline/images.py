@@ -62,19 +62,32 @@ def _check_mode(image: Image.Image) -> None:
         raise UnreadableImage(f"32-bit pixels (mode {image.mode}), whose range is not known")
 
 
-def to_square(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+def describe_crop(pixels: int | None) -> str:
+    """Returns what `to_square` does, as manifests say it."""
+    return CROP if pixels is None else f"centre square of {pixels} pixels"
+
+
+def to_square(image: Image.Image, size: int, crop: int | None = None) -> npt.NDArray[np.uint8]:
     """Crops the centre square, converts to RGB, resizes with Lanczos unless the side is right already.
 
     Grey, palette and CMYK become RGB as Pillow converts them, transparency is dropped, of 16 bits the upper 8 stay.
+
+    Args:
+        image: of any size and mode.
+        size: side of the result in pixels.
+        crop: side of the square that is cut out, in pixels of the image; None: its shorter side.
 
     Returns:
         (size, size, 3) uint8.
 
     Raises:
-        UnreadableImage: pixels without a known range (32-bit) or a colour space that Pillow does not convert.
+        UnreadableImage: smaller than `crop`, pixels without a known range (32-bit), or a colour space that Pillow does
+            not convert.
     """
     width, height = image.size
-    side = min(width, height)
+    side = crop or min(width, height)
+    if side > min(width, height):
+        raise UnreadableImage(f"{width} x {height} pixels, too small for --crop {side}")
     left, top = (width - side) // 2, (height - side) // 2
     square = _to_rgb(image.crop((left, top, left + side, top + side)))
     if side != size:

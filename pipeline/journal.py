@@ -1,8 +1,8 @@
 """Append-only JSON lines in the run directory: what happened, each thing once through all restarts.
 
 A journal has one writer at a time and any number of readers. Each line is one record with `time_seconds` (Unix time)
-and any of `step`, `metrics`, `files`, `tags`, `params`, `config`, `run_key`, `status`. NaN and Infinity are written as
-Python's json writes them.
+and any of `step`, `metrics`, `files`, `images`, `models`, `tags`, `params`, `dataset`, `config`, `run_key`, `status`.
+NaN and Infinity are written as Python's json writes them.
 """
 
 import json
@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any
 
 Record = dict[str, Any]
+
+PATHS = ("files", "images", "models")  # parts of a record that map paths to what becomes of them
 
 
 class JournalError(ValueError):
@@ -50,6 +52,8 @@ class Journal:
         metrics: Mapping[str, float] | None = None,
         files: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        images: Mapping[str, str] | None = None,
+        models: Mapping[str, str] | None = None,
     ) -> None:
         """Appends what is new at this step; nothing when nothing is.
 
@@ -58,10 +62,13 @@ class Journal:
             metrics: by name, such as `train/d_loss`.
             files: path of a file, relative to the run directory or absolute -> folder among the run's artifacts.
             tags: set on the run; always appended.
+            images: path of a PNG, as in `files` -> name of the series of pictures that it continues.
+            models: path of an exported generator's folder, as in `files` -> the name it is registered by.
         """
         new_metrics = {name: float(value) for name, value in (metrics or {}).items() if self._is_new(name, step)}
-        new_files = {path: folder for path, folder in (files or {}).items() if self._is_new(path, step)}
-        parts = {"metrics": new_metrics, "files": new_files, "tags": dict(tags or {})}
+        parts: dict[str, dict[str, Any]] = {"metrics": new_metrics, "tags": dict(tags or {})}
+        for part, paths in zip(PATHS, (files, images, models), strict=True):
+            parts[part] = {path: value for path, value in (paths or {}).items() if self._is_new(path, step)}
         if any(parts.values()):
             self.append({"step": step} | {key: part for key, part in parts.items() if part})
 
@@ -93,7 +100,7 @@ class Journal:
         return step >= self.next_step(name)
 
     def _remember(self, record: Record) -> None:
-        for name in [*record.get("metrics", ()), *record.get("files", ())]:
+        for name in [name for part in ("metrics", *PATHS) for name in record.get(part, ())]:
             self._last_steps[name] = max(record["step"], self._last_steps.get(name, -1))
         if "config" in record:
             self.starts.append(record)

@@ -87,7 +87,7 @@ class Manifest:
     interpolation: str | None  # as are crop and exif_orientation: what was done to the images, in words
     crop: str | None
     exif_orientation: str
-    num_enlarged: int  # images whose shorter side was below image_size
+    num_enlarged: int  # images of which a square smaller than image_size was taken
     pixel_mean: tuple[float, float, float] | None  # red, green, blue over all pixels, in [0, 255]
     pixel_std: tuple[float, float, float] | None
     samples_per_shard: int | None

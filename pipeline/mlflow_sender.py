@@ -8,24 +8,27 @@ ends, after one more attempt.
 Each message may be repeated without harm, so that after a kill or a lost answer everything past the last noted byte is
 sent again: a point carries the journal's timestamp, and MLflow keeps one row per (run, name, timestamp, step, value),
 which is its own answer to clients that retry (SqlAlchemyStore._log_metrics); tags, parameters, files and the status are
-set to what they are.
+set to what they are. Pictures and models have names that are functions of what they are.
 """
 
 import json
 import os
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.journal import Journal, Record, read_records
+from pipeline.journal import PATHS, Journal, Record, read_records
 
 T = TypeVar("T")
 
@@ -33,6 +36,7 @@ _POLL_SECONDS = 5.0
 _SAMPLES_PER_SYSTEM_POINT = 3
 _LONGEST_WAIT_SECONDS = 300.0  # between attempts to reach a server that does not answer
 _CHUNK_BYTES = 1 << 18
+_THUMBNAIL_PIXELS = 256  # as MLflow's own
 _METRICS_PER_CALL, _OTHERS_PER_CALL = 1000, 100  # limits of MLflow's log-batch request
 _ENVIRONMENT = {
     # MLflow would try 8 times with 120 s each, and hide for minutes that the server is away; the journal is our retry.
@@ -95,7 +99,7 @@ def count_unsent(run_dir: Path) -> tuple[int, int]:
     for path in journals(run_dir):
         for record in read_records(path, _known_sent(state, path))[0]:
             points += len(record.get("metrics", ()))
-            files += len(record.get("files", ()))
+            files += sum(len(record.get(part, ())) for part in PATHS)
     return points, files
 
 
@@ -187,8 +191,14 @@ class Sender:
         for tags_part in _slices([RunTag(*item) for item in tags.items()], _OTHERS_PER_CALL):
             self._client.log_batch(run_id, tags=tags_part)
         for record in records:
+            if "dataset" in record:
+                self._send_dataset(run_id, record["dataset"])
             for path, folder in record.get("files", {}).items():
                 self._send_file(run_id, self._run_dir / path, folder)
+            for path, series in record.get("images", {}).items():
+                self._send_image(run_id, self._run_dir / path, series, record)
+            for path, name in record.get("models", {}).items():
+                self._send_model(run_id, self._run_dir / path, name, record["step"])
         if changes := [record for record in records if "status" in record]:
             self._send_status(run_id, changes[-1])
         return len(metrics)
@@ -198,6 +208,46 @@ class Sender:
             self._client.log_artifact(run_id, str(path), folder)
         else:
             _say(f"tracking: {path} was removed before it could be sent")
+
+    def _send_dataset(self, run_id: str, facts: dict[str, str]) -> None:
+        """Notes the training set as an input of the run; MLflow keeps one row per (run, name, digest)."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        values = {name: facts[name] for name in ("name", "digest", "source_type", "source", "profile")}
+        tags = [InputTag("mlflow.data.context", facts["context"])]
+        self._client.log_inputs(run_id, [DatasetInput(Dataset(**values), tags)])
+
+    def _send_image(self, run_id: str, path: Path, series: str, record: Record) -> None:
+        """Adds a picture to a series, under the names of MlflowClient.log_image, with which the page shows a slider.
+
+        That function would draw another random name, and so another picture, each time something is sent again.
+        """
+        from PIL import Image
+
+        if not path.exists():
+            return self._send_file(run_id, path, "images")
+        number = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._state.run_key}/{path.name}/{record['step']}")
+        name = f"{series.replace('/', '~')}+step+{record['step']}+timestamp+{_milliseconds(record)}+{number}"
+        with tempfile.TemporaryDirectory() as directory, Image.open(path) as picture:
+            full, small = Path(directory) / f"{name}.png", Path(directory) / f"{name}+compressed.webp"
+            shutil.copyfile(path, full)
+            picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+            picture.save(small)
+            for file in (full, small):
+                self._client.log_artifact(run_id, str(file), "images")
+        self._client.set_tag(run_id, "mlflow.loggedImages", "True")
+
+    def _send_model(self, run_id: str, path: Path, name: str, step: int) -> None:
+        """Logs an exported generator as a pyfunc model and registers it, one version for each step of a run."""
+        with tempfile.TemporaryDirectory() as directory:
+            _save_pyfunc(path, Path(directory) / "model")
+            self._client.log_artifacts(run_id, str(Path(directory) / "model"), "model")
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        known = self._client.search_model_versions(f"name = '{name}'")
+        if not any(one.run_id == run_id and one.tags.get("step") == str(step) for one in known):
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
+            self._client.create_model_version(name, source, run_id, tags={"step": str(step)})
 
     def _send_status(self, run_id: str, record: Record) -> None:
         if record["status"] == "RUNNING":
@@ -221,7 +271,9 @@ class Sender:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(name, self._destination.artifact_location))
+        # Without this tag MLflow's pages open on what it has for language models.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self._client.create_experiment(name, self._destination.artifact_location, tags))
 
     def _training_died(self) -> bool:
         """Whether the training behind this process ended without saying how, and no other has gone on since."""
@@ -246,6 +298,31 @@ class Sender:
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         aside.write_text(json.dumps(asdict(self._state), indent=2) + "\n")
         aside.replace(path)
+
+
+def _save_pyfunc(export: Path, target: Path) -> None:
+    """Writes an MLflow model of an exported generator; `sagan/` goes with it, so that it loads anywhere."""
+    import mlflow.pyfunc
+    import numpy as np
+    import pandas as pd  # type: ignore[import-untyped]  # it comes without types
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    config = json.loads((export / "config.json").read_text())
+    columns = ["seed", "label"] if config["num_classes"] else ["seed"]
+    size = config["resolution"]
+    mlflow.pyfunc.save_model(
+        target,
+        loader_module="sagan.pyfunc",
+        data_path=str(export),
+        code_paths=[str(Path(__file__).resolve().parent.parent / "sagan")],
+        signature=ModelSignature(
+            Schema([ColSpec("long", column) for column in columns]),
+            Schema([TensorSpec(np.dtype("uint8"), (-1, size, size, 3))]),
+        ),
+        input_example=pd.DataFrame({column: [0, 1] for column in columns}),
+        pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in ("torch", "safetensors")],
+    )
 
 
 class _SystemSampler:

@@ -1,32 +1,57 @@
 """From a configuration to its networks."""
 
+from typing import Any
+
 import torch
 
 from pipeline.config import Config
-from sagan import Discriminator, Generator
+from sagan import DcganDiscriminator, DcganGenerator, Discriminator, Generator
 
 
-def build_generator(config: Config) -> Generator:
+def build_generator(config: Config) -> Generator | DcganGenerator:
     """Returns the generator of a configuration, initialised from the global torch RNG."""
     model = config.model
-    return Generator(
-        model.resolution,
-        model.g_channels,
-        model.num_classes,
-        model.z_dim,
-        model.attention_resolution,
-        init=model.init,
-        spectral_norm_eps=model.spectral_norm_eps,
-        batch_norm_eps=model.batch_norm_eps,
-        batch_norm_momentum=model.batch_norm_momentum,
-        sync_batch_norm=model.sync_batch_norm,
-        spectral_norm_on_class_tables=model.spectral_norm_on_class_tables,
-    )
+    network = DcganGenerator if model.architecture == "dcgan" else Generator
+    training: dict[str, Any] = {
+        "init": model.init,
+        "spectral_norm_eps": model.spectral_norm_eps,
+        "batch_norm_momentum": model.batch_norm_momentum,
+        "sync_batch_norm": model.sync_batch_norm,
+    }
+    return network(**generator_arguments(config), **training)
 
 
-def build_discriminator(config: Config) -> Discriminator:
+def generator_arguments(config: Config) -> dict[str, Any]:
+    """Returns the arguments that decide what images a generator with given weights makes; plain values."""
+    model = config.model
+    if model.architecture == "dcgan":
+        return {
+            "channels": model.g_channels,
+            "z_dim": model.z_dim,
+            "attention": model.attention_resolution is not None,
+            "batch_norm_eps": model.batch_norm_eps,
+        }
+    return {
+        "resolution": model.resolution,
+        "channels": model.g_channels,
+        "num_classes": model.num_classes,
+        "z_dim": model.z_dim,
+        "attention_resolution": model.attention_resolution,
+        "batch_norm_eps": model.batch_norm_eps,
+        "spectral_norm_on_class_tables": model.spectral_norm_on_class_tables,
+    }
+
+
+def build_discriminator(config: Config) -> Discriminator | DcganDiscriminator:
     """Returns the discriminator of a configuration, initialised from the global torch RNG."""
     model = config.model
+    if model.architecture == "dcgan":
+        return DcganDiscriminator(
+            model.d_channels,
+            model.attention_resolution is not None,
+            init=model.init,
+            spectral_norm_eps=model.spectral_norm_eps,
+        )
     return Discriminator(
         model.resolution,
         model.d_channels,

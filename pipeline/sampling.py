@@ -50,9 +50,19 @@ def sample_grid(generator: nn.Module, seed: int, z_dim: int, num_classes: int) -
     return grid.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
 
 
+def few(classes: list[int], count: int) -> list[int]:
+    """Returns evenly spaced ones of the classes, `count` at most."""
+    return [classes[index * len(classes) // count] for index in range(count)] if len(classes) > count else classes
+
+
 def save_png(picture: Tensor, path: Path) -> None:
     """Writes (3, H, W) uint8 as PNG, complete or not at all."""
+    save_picture(Image.fromarray(picture.permute(1, 2, 0).numpy()), path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture as PNG, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="PNG")
+    picture.save(partial, format="PNG")
     partial.rename(path)

@@ -47,6 +47,7 @@ class ShardTask:
     first_key: int
     source: Source  # this shard's images only, in order
     image_size: int
+    crop: int | None  # side of the square cut out of each image, in its pixels; None: its shorter side
     encoding: Encoding
 
 
@@ -208,7 +209,7 @@ def _write_samples(file: BinaryIO, task: ShardTask, advance: Advance) -> _Pixels
             advance(1)
             try:
                 image = images.decode(data)
-                pixels = images.to_square(image, task.image_size)
+                pixels = images.to_square(image, task.image_size, task.crop)
             except images.UnreadableImage as error:
                 found.skipped.append(Skipped(printable(task.source.files[row]), str(error)))
                 continue
@@ -221,7 +222,7 @@ def _write_samples(file: BinaryIO, task: ShardTask, advance: Advance) -> _Pixels
                 _add(tar, f"{key}.cls", str(labels[row]).encode())
             found.sha256.update(pixels.tobytes())
             found.histogram += images.histogram(pixels)
-            found.num_enlarged += min(image.size) < task.image_size
+            found.num_enlarged += (task.crop or min(image.size)) < task.image_size
     return found
 
 

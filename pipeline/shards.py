@@ -50,6 +50,7 @@ class Plan:
     manifest: Manifest  # still without results; num_samples counts the images to build
     source: Source
     order: npt.NDArray[np.int64]  # (places,) row of the source for each place in the set
+    crop: int | None = None  # side of the square cut out of each image, in its pixels; None: its shorter side
 
     def tasks(self, location: str, directory: Path, numbers: Iterable[int]) -> Iterator[ShardTask]:
         """Yields the shards of these numbers to build, in order."""
@@ -58,7 +59,7 @@ class Plan:
         for number in numbers:
             first, rows = self._rows(number)
             source = self.source.select(rows)
-            yield ShardTask(location, directory, shard_name(number), first, source, image_size, encoding)
+            yield ShardTask(location, directory, shard_name(number), first, source, image_size, self.crop, encoding)
 
     def num_images(self, numbers: Iterable[int]) -> int:
         """How many images the shards of these numbers are made of."""
@@ -104,6 +105,7 @@ def plan(
     seed: int = 0,
     limit_per_class: int | None = None,
     split: str | None = None,
+    crop: int | None = None,
 ) -> Plan:
     """Decides which image of the source goes where: one seeded permutation, so that every shard is a fair sample.
 
@@ -115,6 +117,7 @@ def plan(
         seed: of the permutation.
         limit_per_class: take at most so many images of each class, the first in the permutation.
         split: name of the part of the data set; None: train, val or test where the source's name says so, else all.
+        crop: side of the square cut out of the middle of each image, in its pixels; None: its shorter side.
     """
     assert min(image_size, samples_per_shard) > 0
     assert limit_per_class is None or limit_per_class > 0
@@ -134,7 +137,7 @@ def plan(
         class_counts=(),
         encoding=encoding,
         interpolation=images.INTERPOLATION,
-        crop=images.CROP,
+        crop=images.describe_crop(crop),
         exif_orientation=images.EXIF_ORIENTATION,
         num_enlarged=0,
         pixel_mean=None,
@@ -151,7 +154,7 @@ def plan(
         shards=(),
         index_sha256="",
     )
-    return Plan(manifest, source, order)
+    return Plan(manifest, source, order, crop)
 
 
 def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

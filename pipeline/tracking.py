@@ -43,12 +43,17 @@ class RunFacts:
         world_size: number of processes.
         hostnames: of the machines they run on, each once.
         backend: ddp, zero1 or zero2.
+        device: cpu or cuda.
+        dataset: the training set as an input of the run: name, digest, source, source_type, profile, context; None:
+            it is not told.
     """
 
     dataset_id: str
     world_size: int
     hostnames: tuple[str, ...]
     backend: str = "ddp"
+    device: str = "cuda"
+    dataset: Mapping[str, str] | None = None
 
 
 class Tracker(Protocol):
@@ -57,8 +62,14 @@ class Tracker(Protocol):
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records numbers of one step; what a resumed run repeats is not recorded again."""
 
-    def log_image(self, step: int, path: Path) -> None:
-        """Records a picture, which stays where it is and is copied to the run's artifacts, folder `samples`."""
+    def log_image(self, step: int, path: Path, series: str) -> None:
+        """Records a picture, which stays where it is, as the next of a series that can be leafed through by step."""
+
+    def log_files(self, step: int, paths: Sequence[Path], folder: str) -> None:
+        """Records files, which stay where they are and are copied to a folder of the run's artifacts."""
+
+    def log_model(self, step: int, path: Path) -> None:
+        """Records an exported generator, which becomes a version of the run's registered model."""
 
     def log_note(self, step: int, name: str, text: str) -> None:
         """Records an event in words, a tag `name` of the run."""
@@ -73,7 +84,13 @@ class NullTracker:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Does nothing."""
 
-    def log_image(self, step: int, path: Path) -> None:
+    def log_image(self, step: int, path: Path, series: str) -> None:
+        """Does nothing."""
+
+    def log_files(self, step: int, paths: Sequence[Path], folder: str) -> None:
+        """Does nothing."""
+
+    def log_model(self, step: int, path: Path) -> None:
         """Does nothing."""
 
     def log_note(self, step: int, name: str, text: str) -> None:
@@ -104,6 +121,7 @@ class RunTracker:
         self._run_dir = config.run_dir
         self._points = Journal(self._run_dir / "journal.jsonl")
         self._files = Journal(self._run_dir / "journals" / "files-samples.jsonl")
+        self._model_name = f"{config.tracking.experiment}-{config.run.name}"
         self._points.append(_start_record(config, facts, self._points.starts))
         if slurm := _slurm_tags():
             _say("slurm: " + ", ".join(f"{name.removeprefix('slurm.')} {text}" for name, text in slurm.items()))
@@ -119,9 +137,17 @@ class RunTracker:
         tags = {f"infinite.{name}": f"{value} at step {step}; shown as 1.8e308" for name, value in infinite.items()}
         self._points.log(step, metrics, tags=tags)
 
-    def log_image(self, step: int, path: Path) -> None:
+    def log_image(self, step: int, path: Path, series: str) -> None:
         """See `Tracker`."""
-        self._files.log(step, files={_inside(path, self._run_dir): "samples"})
+        self._files.log(step, images={_inside(path, self._run_dir): series})
+
+    def log_files(self, step: int, paths: Sequence[Path], folder: str) -> None:
+        """See `Tracker`."""
+        self._files.log(step, files={_inside(path, self._run_dir): folder for path in paths})
+
+    def log_model(self, step: int, path: Path) -> None:
+        """See `Tracker`."""
+        self._files.log(step, models={_inside(path, self._run_dir): self._model_name})
 
     def log_note(self, step: int, name: str, text: str) -> None:
         """See `Tracker`."""
@@ -241,7 +267,8 @@ def _start_record(config: Config, facts: RunFacts, starts: Sequence[Record]) -> 
     histories = {name: [values[name] for values in configs if name in values] for name in now}
     changed = {f"changed.{name}": " -> ".join(_unrepeated(values)) for name, values in histories.items()}
     tags = _tags(config, facts, len(starts)) | {name: text for name, text in changed.items() if " -> " in text}
-    return first | {"config": now, "tags": tags, "status": "RUNNING"}
+    dataset = {"dataset": dict(facts.dataset)} if facts.dataset else {}
+    return first | {"config": now, "tags": tags, "status": "RUNNING"} | dataset
 
 
 def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
@@ -260,9 +287,41 @@ def _tags(config: Config, facts: RunFacts, restarts: int) -> dict[str, str]:
         "restarts": restarts,
         "batch_norm": "unsynchronised, depends on world_size" if unsynchronised else "synchronised",
         "command": shlex.join(sys.argv),
+        "recipe": next((Path(text).stem for text in sys.argv if text.endswith((".yaml", ".yml"))), "none"),
+        "mlflow.note.content": _description(facts, commit),
     }
     tags |= _slurm_tags()
     return {name: _text(value) for name, value in tags.items()}
+
+
+def _description(facts: RunFacts, commit: str) -> str:
+    """Returns what the run's page says about it: what was trained on, and the command that does it again."""
+    launcher, python = "", "python "
+    if facts.world_size > 1:
+        launched_by = {"zero1": "deepspeed_zero1", "zero2": "deepspeed_zero2"}.get(facts.backend, "one_machine")
+        if facts.device == "cpu":
+            launched_by = "cpu_two_processes"
+        elif len(facts.hostnames) > 1 and facts.backend == "ddp":
+            launched_by = "multi_node"
+        launcher = (
+            f"accelerate launch --config_file configs/accelerate/{launched_by}.yaml --num_processes {facts.world_size} "
+        )
+        python = ""
+    dataset = facts.dataset or {"name": "unknown", "source": "{}"}
+    place = json.loads(dataset["source"]).get("uri", "unknown")
+    return "\n".join(
+        [
+            f"Trained on **{dataset['name']}** (`{place}`, id `{facts.dataset_id[:12]}`). Again:",
+            "",
+            "```",
+            f"git checkout {commit or 'COMMIT'}",
+            f"{launcher}{python}{shlex.join(sys.argv)}",
+            "```",
+            "",
+            "The result does not depend on the number of processes. `run/` among the artifacts has the resolved "
+            "configuration, the packages and the manifest of the data.",
+        ]
+    )
 
 
 def _slurm_tags(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint, results, sampling, snapshots
+from pipeline import attention, checkpoint, model_folder, results, run_files, sampling, snapshots
 from pipeline.batch import Batch
 from pipeline.block_cache import BlockCache
 from pipeline.checkpoint import CheckpointError, TrainerState
@@ -21,6 +21,7 @@ from pipeline.health import NonFinite, NonFiniteError, non_finite_buffers
 from pipeline.host_memory import keep_freed_memory
 from pipeline.loader import Loader
 from pipeline.manifest import ShardSet, open_shard_set
+from pipeline.noise import draw_z
 from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress, data_metrics
 from pipeline.read_counts import ReadCounts
@@ -31,6 +32,7 @@ from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_track
 from pipeline.world import World, configure_determinism
 from sagan import attention_gains, spectral_norms
 
+_ATTENTION_ROWS = 3  # images in the figure of attention maps
 _LAUNCHES = {"ddp": "one_machine.yaml", "zero1": "deepspeed_zero1.yaml", "zero2": "deepspeed_zero2.yaml"}
 
 
@@ -131,14 +133,16 @@ class Trainer:
             if self.world.is_main:
                 send_unsent(self.config, self.config.run_dir)
             return
-        if self.world.is_main:
-            (self.config.run_dir / "config.yaml").write_text(to_yaml(self.config))
         self.tracker = open_tracker(self.config, self._facts(), self.world.is_main)
         status: Status = "FAILED"
         try:
+            if self.world.is_main:
+                self.tracker.log_files(self.step, run_files.write(self.config, self.shard_set), "run")
             while self.step < self.config.train.steps and not self._run_until_trouble(stop, watch):
                 self._roll_back()
             status = "FINISHED" if self.step >= self.config.train.steps else "KILLED"
+            if status == "FINISHED":
+                self._export()
         finally:
             self.progress.close()
             watch.alive()  # closing may take a minute by itself
@@ -262,7 +266,27 @@ class Trainer:
             grid = sampling.sample_grid(self.gan.ema.module, self.config.run.seed, model.z_dim, model.num_classes)
             path = self.config.run_dir / "samples" / f"step-{self.step:08d}.png"
             sampling.save_png(grid, path)
-            self.tracker.log_image(self.step, path)
+            self.tracker.log_image(self.step, path, "samples")
+            self._draw_attention()
+
+    def _draw_attention(self) -> None:
+        """Shows where both networks look, for one sample of each of a few classes."""
+        seed, model = self.config.run.seed, self.config.model
+        classes = sampling.few(sampling.grid_classes(model.num_classes), _ATTENTION_ROWS)
+        z = draw_z(seed, "grid_z", 0, 0, len(classes) or _ATTENTION_ROWS, model.z_dim)
+        labels = torch.tensor(classes) if classes else None
+        titles = [f"class {label}" for label in classes] or [""] * _ATTENTION_ROWS
+        figure = attention.draw_figure(self.gan.ema.module, self.gan.discriminator.module, z, labels, titles)
+        if figure is not None:
+            path = self.config.run_dir / "attention" / f"step-{self.step:08d}.png"
+            sampling.save_picture(figure, path)
+            self.tracker.log_image(self.step, path, "attention")
+
+    def _export(self) -> None:
+        """Leaves the averaged generator as a folder of its own, and tells the tracker, which makes it a model."""
+        if self.world.is_main:
+            path = model_folder.write_finished(self.gan.ema.module, self.config, self.shard_set, self.step)
+            self.tracker.log_model(self.step, path)
 
     def _resume(self) -> None:
         """Takes up the newest whole checkpoint; rank 0 chooses, so that all take the same."""
@@ -392,7 +416,14 @@ class Trainer:
 
     def _facts(self) -> RunFacts:
         hostnames = tuple(dict.fromkeys(self.world.gather(socket.gethostname())))
-        return RunFacts(self.shard_set.dataset_id, self.world.size, hostnames, self.gan.generator.backend)
+        return RunFacts(
+            self.shard_set.dataset_id,
+            self.world.size,
+            hostnames,
+            self.gan.generator.backend,
+            self.world.device.type,
+            run_files.describe_dataset(self.shard_set),
+        )
 
 
 def build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:

@@ -151,9 +151,10 @@ class Generator(nn.Module):
         """
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z must have shape (N, {self.z_dim}), got {tuple(z.shape)}")
-        check_labels(labels, self.num_classes, len(z))
+        check_labels(labels, self.num_classes, z.shape[0])
 
-        x = self.linear(z).view(len(z), -1, 4, 4)
+        # z.shape[0], not len(z): torch.export would take the latter for a constant.
+        x = self.linear(z).view(z.shape[0], -1, 4, 4)
         for index, block in enumerate(self.blocks):
             x = block(x, labels)
             if index == self.attention_after:

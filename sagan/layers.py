@@ -356,12 +356,13 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: C of the map, a multiple of 8.
+        scaled: whether the dot products are divided by sqrt(d), d = C/8, after all (arXiv 1706.03762).
 
     Raises:
         ValueError: `channels` is no multiple of 8.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, scaled: bool = False) -> None:
         super().__init__()
         if channels % 8:
             raise ValueError(
@@ -373,6 +374,7 @@ class SelfAttention(nn.Module):
         self.value = SNConv2d(channels, channels // 2, 1, bias=False)
         self.output = SNConv2d(channels // 2, channels, 1, bias=False)
         self.gain = nn.Parameter(torch.zeros(()))
+        self.scale = (channels // 8) ** -0.5 if scaled else 1.0
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how much each pixel of `x` (N, C, H, W) takes from each 2x2 cell.
@@ -380,7 +382,7 @@ class SelfAttention(nn.Module):
         Returns:
             (N, H*W, H*W/4), at least float32, each row sums to 1; pixels and cells in row-major order.
         """
-        query = self.query(x).flatten(2)  # (N, C/8, HW)
+        query = self.scale * self.query(x).flatten(2)  # (N, C/8, HW)
         key = F.max_pool2d(self.key(x), 2).flatten(2)  # (N, C/8, HW/4)
         with without_autocast(x):
             return torch.softmax(full_precision(query).transpose(1, 2) @ full_precision(key), dim=-1)
@@ -392,7 +394,7 @@ class SelfAttention(nn.Module):
         value = _as_rows(F.max_pool2d(self.value(x), 2))  # (N, HW/4, C/2)
         # The kernels that never hold the whole map, and take its softmax in float32, want equal widths: zeros add none.
         missing = (0, value.shape[-1] - key.shape[-1])
-        attended = F.scaled_dot_product_attention(F.pad(query, missing), F.pad(key, missing), value, scale=1.0)
+        attended = F.scaled_dot_product_attention(F.pad(query, missing), F.pad(key, missing), value, scale=self.scale)
         y: Tensor = x + self.gain * self.output(attended.squeeze(1).transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
         return y
 

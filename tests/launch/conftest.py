@@ -98,3 +98,53 @@ def start_job(tmp_path, tiny_shards):
     yield start
     for job in jobs:
         job.kill()
+
+
+@pytest.fixture(scope="session")
+def as_in_a_new_process():
+    """Function that takes back what an evaluation in this process set for good and torch.export stumbles over."""
+    import torch
+
+    def reset() -> None:
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision
+
+    return reset
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tiny_shards, tmp_path_factory) -> Path:
+    """A run with a whole checkpoint at step 3, its networks untrained but for a gain of attention that shows."""
+    import torch
+
+    from pipeline import checkpoint
+    from pipeline.checkpoint import TrainerState
+    from pipeline.config import config_from_dict, to_dict, to_yaml
+    from pipeline.manifest import open_shard_set
+    from pipeline.networks import build_discriminator, build_generator
+
+    run_dir = tmp_path_factory.mktemp("untrained") / "tiny"
+    config = config_from_dict(
+        {
+            "run": {"name": run_dir.name, "dir": str(run_dir.parent), "device": "cpu"},
+            "data": {"shards": str(tiny_shards), "num_workers": 0},
+            "model": {"resolution": 16, "num_classes": 3, "z_dim": 8, "g_channels": 4, "d_channels": 8,
+                      "attention_resolution": 8},
+            "train": {"steps": 9, "global_batch_size": 6, "checkpoint_every_steps": 3},
+            "tracking": {"enabled": False},
+        },
+        "test",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    for network in (generator, discriminator):
+        network.attention.gain.data.fill_(0.7)
+        for parameter in network.parameters():
+            if parameter.ndim == 1:  # biases, which start at 0 and would hide a mistake
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    networks = {"generator": generator, "discriminator": discriminator, "ema": generator}
+    state = TrainerState(3, 18, 3, 1, open_shard_set(str(tiny_shards)).dataset_id, 1, to_dict(config), {})
+    states = {name: network.state_dict() for name, network in networks.items()}
+    checkpoint.save(run_dir, state, states, {"generator": {}, "discriminator": {}})
+    return run_dir

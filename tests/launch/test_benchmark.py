@@ -141,7 +141,7 @@ def test_a_setting_is_compared_with_another(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["model.num_classes=0", "--baseline"], "--baseline knows networks with classes only"),
+        (["model.num_classes=0", "--baseline"], "--baseline knows residual networks with classes only"),
         (["train.precison=bf16"], "train.precison"),
         (["--batch-size", "0"], "must be at least 1, got 0"),
     ],

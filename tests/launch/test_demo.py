@@ -59,3 +59,28 @@ def test_the_recipe_learns_digits_and_keeps_their_variety(tmp_path):
     assert digits.variety_ratios(pixels, asked, real_pixels, real_labels).min() >= 0.5
     overall, _ = digits.nearest_neighbour_shares(pixels, asked, real_pixels)
     assert overall <= 0.2, "no real image is the nearest of more than a fifth of the samples"
+    assert_attention_is_the_softmax_of_the_weights(tmp_path / "demo")
+
+
+def assert_attention_is_the_softmax_of_the_weights(run_dir: Path) -> None:
+    """Of the trained generator: each map sums to 1 over the keys and is the softmax computed by hand, in float64."""
+    import torch
+
+    from pipeline.attention import attention_maps
+    from pipeline.opened import open_generator
+
+    generator = open_generator(run_dir).generator.double()
+    z, labels, layer, seen = torch.randn(10, 32).double(), torch.arange(10), generator.attention, []
+    handle = layer.register_forward_hook(lambda layer, arguments, output: seen.append(arguments[0]))
+    _, maps = attention_maps(generator, z, labels)
+    handle.remove()
+    theta, phi = (
+        conv.weight[:, :, 0, 0] / (conv.u @ conv.weight.flatten(1) @ conv.v) for conv in (layer.query, layer.key)
+    )
+    keys = torch.einsum("oc,nchw->nohw", phi, seen[0])
+    keys = keys.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
+    products = torch.einsum("oc,nchw,noij->nhwij", theta, seen[0], keys)
+    by_hand = products.exp() / products.exp().sum((3, 4), keepdim=True)
+    torch.testing.assert_close(maps, by_hand)
+    torch.testing.assert_close(maps.sum((3, 4)), torch.ones_like(maps[..., 0, 0]))
+    assert layer.gain.abs() > 0.01 and maps.max() > 2 / 16, "training has made use of attention"

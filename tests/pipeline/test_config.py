@@ -111,3 +111,33 @@ def test_the_imagenet_preset_is_the_schedule_of_the_best_published_result(repo_r
     assert (config.train.global_batch_size, config.train.num_d_steps, config.data.horizontal_flip) == (256, 1, False)
     assert (config.ema.decay, config.ema.start_step, config.model.attention_resolution) == (0.999, 2000, 64)
     assert (config.model.spectral_norm_eps, config.model.batch_norm_eps, config.model.init) == (1e-8, 1e-5, "xavier")
+
+
+def test_a_key_that_is_younger_than_a_checkpoint_had_its_default_then(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL))
+    before = to_dict(config)
+    del before["model"]["architecture"], before["optimizer"]["eps"]
+    assert changed_hyperparameters(before, config) == []
+    other = load_config(write(tmp_path, MINIMAL), ["optimizer.eps=1e-6"])
+    assert changed_hyperparameters(before, other) == ["optimizer.eps: 1e-08 -> 1e-06"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.num_classes=10", "got 64, 10 and 32"),
+        ("model.resolution=128", "got 128, 0 and 32"),
+        ("model.attention_resolution=16", "got 64, 0 and 16"),
+        ("model.spectral_norm_on_class_tables=true", "it has no classes"),
+    ],
+)
+def test_the_dcgan_pair_is_of_one_size_and_unconditional(repo_root, override, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(repo_root / "configs/celeba64.yaml", [override])
+
+
+def test_recipes_with_and_without_attention_differ_in_nothing_else(repo_root):
+    one, other = (
+        flatten(to_dict(load_config(repo_root / f"configs/{name}.yaml"))) for name in ("imagenet128", "sngan128")
+    )
+    assert {key for key in one if one[key] != other[key]} == {"run.name", "model.attention_resolution"}

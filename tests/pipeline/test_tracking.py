@@ -22,7 +22,7 @@ import pytest
 
 from pipeline import mlflow_sender, tracking
 from pipeline.config import ConfigError, config_from_dict
-from pipeline.journal import Journal, read_records
+from pipeline.journal import Journal
 from pipeline.mlflow_sender import Sender, count_unsent
 from pipeline.tracking import RunFacts, log_evaluation, open_tracker
 
@@ -238,22 +238,179 @@ def test_a_slurm_job_is_named_in_tags_and_none_outside_of_one():
     assert tracking._slurm_tags({"HOME": "/"}) == {}
 
 
-def test_pictures_become_artifacts(database, run_dir):
+def test_pictures_become_a_series_by_step_once(database, run_dir):
+    from PIL import Image
+
     config = make_config(run_dir)
     tracker = open_tracker(off(config), FACTS, is_main=True)
-    picture = run_dir / "samples" / "step-00000010.png"
-    picture.parent.mkdir()
-    picture.write_bytes(b"not really a picture")
-    tracker.log_image(10, picture)
-    tracker.log_image(10, picture)
+    (run_dir / "samples").mkdir()
+    for step in (10, 20):
+        picture = run_dir / "samples" / f"step-{step:08d}.png"
+        Image.new("RGB", (600, 300), (step, 0, 0)).save(picture)
+        tracker.log_image(step, picture, "samples")
+        tracker.log_image(step, picture, "samples")
+    tracker.close("FINISHED")
+    deliver(config, run_dir)
+    state = json.loads((run_dir / "mlflow_run.json").read_text())
+    (run_dir / "mlflow_run.json").write_text(json.dumps(state | {"sent": {}}))  # as after a kill: all is sent again
+    deliver(config, run_dir)
+    client = client_of(database)
+    run = only_run(client)
+    assert run.data.tags["mlflow.loggedImages"] == "True"
+    names = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "images")]
+    shape = re.compile(r"samples\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]{36}(\.png|\+compressed\.webp)")
+    found = sorted(shape.fullmatch(name).groups() for name in names)
+    assert found == [("10", "+compressed.webp"), ("10", ".png"), ("20", "+compressed.webp"), ("20", ".png")]
+    stored = database.parent / "mlartifacts" / run.info.run_id / "artifacts" / "images"
+    with Image.open(next(stored.glob("*+20+*.png"))) as full, Image.open(next(stored.glob("*+20+*.webp"))) as small:
+        assert full.size == (600, 300) and full.getpixel((5, 5)) == (20, 0, 0)
+        assert small.size == (256, 128)
+
+
+def test_names_of_pictures_are_those_of_mlflow_itself(database, run_dir):
+    """Against MlflowClient.log_image, so that another release with other names is noticed."""
+    from PIL import Image
+
+    config = make_config(run_dir)
+    tracker = open_tracker(off(config), FACTS, is_main=True)
+    picture = Image.new("RGB", (40, 40))
+    picture.save(run_dir / "a.png")
+    tracker.log_image(7, run_dir / "a.png", "attention/late")
+    tracker.close("FINISHED")
+    deliver(config, run_dir)
+    client = client_of(database)
+    run_id = only_run(client).info.run_id
+    ours = {file.path for file in client.list_artifacts(run_id, "images")}
+    client.log_image(run_id, picture, key="attention/late", step=7, timestamp=1700000000000, synchronous=True)
+    theirs = {file.path for file in client.list_artifacts(run_id, "images")} - ours
+
+    def without_random_parts(names: set[str]) -> set[str]:
+        return {re.sub(r"\+\d{13}\+[0-9a-f-]{36}", "+TIME+NUMBER", name) for name in names}
+
+    assert without_random_parts(ours) == without_random_parts(theirs) and len(theirs) == 2
+
+
+def test_the_page_of_a_run_tells_how_to_make_it_again(database, run_dir, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "configs/demo.yaml", "run.name=a b"])
+    config = make_config(run_dir)
+    dataset = {"name": "digits", "digest": "d" * 32, "source": '{"uri": "shards"}', "source_type": "local",
+               "profile": '{"num_images": 7}', "context": "training"}  # fmt: skip
+    facts = replace(FACTS, dataset=dataset, device="cpu")
+    for _ in range(2):  # a restart notes the same input
+        train(config, [1], facts=facts)
+    (run_dir / "environment.txt").write_text("torch==2\n")
+    tracker = open_tracker(off(config), facts, is_main=True)
+    tracker.log_files(1, [run_dir / "environment.txt"], "run")
     tracker.close("FINISHED")
     deliver(config, run_dir)
     client = client_of(database)
     run = only_run(client)
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "samples")] == ["samples/step-00000010.png"]
-    stored = database.parent / "mlartifacts" / run.info.run_id / "artifacts" / "samples" / "step-00000010.png"
-    assert stored.read_bytes() == b"not really a picture"
-    assert len(read_records(run_dir / "journals" / "files-samples.jsonl")[0]) == 1
+    (put_in,) = run.inputs.dataset_inputs
+    assert (put_in.dataset.name, put_in.dataset.digest, put_in.dataset.source_type) == ("digits", "d" * 32, "local")
+    assert [(tag.key, tag.value) for tag in put_in.tags] == [("mlflow.data.context", "training")]
+    assert run.data.tags["recipe"] == "demo"
+    commit = run.data.tags["mlflow.source.git.commit"]
+    lines = run.data.tags["mlflow.note.content"].splitlines()
+    assert f"git checkout {commit if commit != 'unknown' else 'COMMIT'}" in lines
+    launcher = "accelerate launch --config_file configs/accelerate/cpu_two_processes.yaml --num_processes 2"
+    assert f"{launcher} launch/train.py configs/demo.yaml 'run.name=a b'" in lines
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "run")] == ["run/environment.txt"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "launcher"),
+    [
+        (RunFacts("d", 1, ("a",)), "python"),
+        (RunFacts("d", 8, ("a",)), "accelerate launch --config_file configs/accelerate/one_machine.yaml"),
+        (RunFacts("d", 8, ("a",), "zero2"), "accelerate launch --config_file configs/accelerate/deepspeed_zero2.yaml"),
+        (RunFacts("d", 16, ("a", "b")), "accelerate launch --config_file configs/accelerate/multi_node.yaml"),
+    ],
+)
+def test_the_command_names_the_launcher_that_there_is(facts, launcher, repo_root, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "configs/cifar10.yaml"])
+    (line,) = [line for line in tracking._description(facts, "c").splitlines() if "launch/train.py" in line]
+    assert line.startswith(launcher)
+    assert all((repo_root / path).exists() for path in re.findall(r"configs/\S+", line))
+
+
+def export_generator(run_dir: Path, num_classes: int):
+    """A generator with seeded weights and the folder that training would leave of it."""
+    import torch
+
+    from pipeline.model_folder import write_folder
+    from sagan import Generator
+
+    torch.manual_seed(0)
+    arguments = {"resolution": 16, "channels": 8, "num_classes": num_classes, "z_dim": 12, "attention_resolution": 8}
+    generator = Generator(**arguments).eval().requires_grad_(False)
+    (run_dir / "model").mkdir(parents=True)
+    write_folder(generator, arguments, {"provenance": {"step": 3}}, run_dir / "model", "resnet")
+    return generator
+
+
+def log_model(config, run_dir: Path) -> None:
+    """A training that leaves a model, told twice, as after a lost answer."""
+    tracker = open_tracker(off(config), FACTS, is_main=True)
+    tracker.log_model(3, run_dir / "model")
+    tracker.close("FINISHED")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own, of its imports and of pandas; the sender runs with -W ignore
+        deliver(config, run_dir)
+        state = json.loads((run_dir / "mlflow_run.json").read_text())
+        (run_dir / "mlflow_run.json").write_text(json.dumps(state | {"sent": {}}))
+        deliver(config, run_dir)
+
+
+def assert_model_makes_these_images(uri: str, database: Path, generator) -> None:
+    """Loads a registered model with mlflow.pyfunc, as a stranger would, in a process without this project."""
+    import torch
+
+    seeds, labels = [3, 4, 3], [0, 2, 1]
+    code = (
+        "import sys, json, mlflow\n"
+        "mlflow.set_tracking_uri(sys.argv[1])\n"
+        "import pandas as pd\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[2])\n"
+        "frame = pd.DataFrame(json.loads(sys.argv[3]))\n"
+        "images = model.predict(frame)\n"
+        "assert 'pipeline' not in sys.modules and 'MLmodel' not in sys.modules['sagan'].__file__\n"
+        "assert 'code' in sys.modules['sagan'].__file__.split('/'), sys.modules['sagan'].__file__\n"
+        "print(json.dumps([str(images.dtype), images.tolist(), model.metadata.get_input_schema().input_names()]))\n"
+    )
+    rows = {"seed": seeds} | ({"label": labels} if generator.num_classes else {})
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, f"sqlite:///{database}", uri, json.dumps(rows)],
+        cwd=database.parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dtype, images, columns = json.loads(done.stdout.splitlines()[-1])
+    z = torch.stack([torch.randn(12, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    expected = generator(z, torch.tensor(labels) if generator.num_classes else None)
+    found = torch.tensor(images).permute(0, 3, 1, 2)
+    assert dtype == "uint8" and columns == list(rows)
+    assert ((expected + 1) * 127.5 - found).abs().max() <= 0.5 + 1e-3
+
+
+def test_a_finished_run_is_a_registered_model_once(database, run_dir):
+    generator = export_generator(run_dir, num_classes=3)
+    log_model(make_config(run_dir), run_dir)
+    client = client_of(database)
+    (version,) = client.search_model_versions("name = 'sagan-run1'")
+    assert version.run_id == only_run(client).info.run_id and version.tags == {"step": "3"}
+    assert_model_makes_these_images("models:/sagan-run1/1", database, generator)
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_a_model_comes_back_from_object_storage(database, run_dir, s3_bucket, s3_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{s3_server.port}")
+    generator = export_generator(run_dir, num_classes=0)
+    location = s3_bucket().partition("?")[0]
+    log_model(make_config(run_dir, artifact_location=location), run_dir)
+    (version,) = client_of(database).search_model_versions("name = 'sagan-run1'")
+    assert version.source.startswith(location)
+    assert_model_makes_these_images("models:/sagan-run1/1", database, generator)
 
 
 def test_a_broken_artifact_store_holds_up_no_numbers(database, run_dir):
@@ -428,7 +585,9 @@ def test_an_address_without_a_scheme_is_refused(tmp_path):
 def test_other_ranks_tell_nobody(tmp_path):
     tracker = open_tracker(make_config(tmp_path / "run1"), FACTS, is_main=False)
     tracker.log_metrics(1, {"train/d_loss": 1.0})
-    tracker.log_image(1, tmp_path / "a.png")
+    tracker.log_image(1, tmp_path / "a.png", "samples")
+    tracker.log_files(1, [tmp_path / "a.txt"], "run")
+    tracker.log_model(1, tmp_path)
     tracker.close("FINISHED")
     assert list(tmp_path.iterdir()) == []
 

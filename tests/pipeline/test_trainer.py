@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import sagan
 from pipeline import checkpoint, results, snapshots
 from pipeline.backend import Player
 from pipeline.checkpoint import CheckpointError
@@ -18,6 +20,7 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.health import NonFiniteError
 from pipeline.journal import read_records
 from pipeline.manifest import ShardSetError
+from pipeline.networks import build_generator
 from pipeline.trainer import Trainer, train
 
 YAML = """
@@ -65,7 +68,13 @@ def test_a_run_leaves_checkpoints_samples_a_journal_and_done(configure, capsys):
     assert (config.run_dir / "DONE").read_text() == "6\n"
     with Image.open(config.run_dir / "samples" / "step-00000006.png") as grid:
         assert grid.size == (4 * 8 * 16, 4 * 3 * 16), "8 columns, a row per class, enlarged for the eye"
-    state = last_checkpoint(config).state
+    with Image.open(config.run_dir / "attention" / "step-00000006.png") as figure:
+        assert figure.height == 2 + 3 * 2 * (96 + 2), "rows of G and of D for each of three classes"
+    records, _ = read_records(config.run_dir / "journal.jsonl")
+    gains = {"attention/generator_attention", "attention/discriminator_attention"}
+    assert [record["step"] for record in records if gains <= record.get("metrics", {}).keys()] == [2, 4, 6]
+    found = last_checkpoint(config)
+    state = found.state
     assert (state.step, state.images_seen, state.next_batch_number) == (6, 72, 6)
     said = capsys.readouterr()
     assert re.search(r"data +\S+ \S+, 90 images, 16 px, webp", said.out)
@@ -317,10 +326,29 @@ def test_batches_that_the_processes_cannot_share_are_refused(configure, tiny_sha
         check_data(configure(), shard_set, world_size=5)
 
 
-def test_the_directory_of_a_run_holds_its_resolved_configuration(configure):
+def test_the_directory_of_a_run_tells_how_to_make_it_again(configure, tiny_shards):
     config = configure("train.steps=2")
     train(config)
     assert load_config(Path(config.run_dir) / "config.yaml") == config
+    assert (config.run_dir / "dataset_manifest.json").read_bytes() == (tiny_shards / "manifest.json").read_bytes()
+    assert f"torch=={version('torch')}" in (config.run_dir / "environment.txt").read_text().splitlines()
+    sent, _ = read_records(config.run_dir / "journals" / "files-samples.jsonl")
+    names = {"config.yaml", "environment.txt", "dataset_manifest.json"}
+    assert [set(record["files"]) for record in sent if "files" in record] == [names]
+
+
+def test_a_finished_run_leaves_its_average_as_a_folder_and_an_extended_one_a_new_one(configure):
+    for steps in (2, 4):
+        config = configure(f"train.steps={steps}")
+        train(config)
+        generator = build_generator(config)
+        generator.load_state_dict(last_checkpoint(config).networks["ema"])
+        z, labels = torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1])
+        exported = sagan.load(config.run_dir / "model")
+        torch.testing.assert_close(exported(z, labels), generator.eval()(z, labels), rtol=0, atol=1e-5)
+    told, _ = read_records(config.run_dir / "journals" / "files-samples.jsonl")
+    models = [(record["step"], record["models"]) for record in told if "models" in record]
+    assert models == [(2, {"model": "sagan-tiny"}), (4, {"model": "sagan-tiny"})]
 
 
 def test_training_leaves_snapshots_apart_from_checkpoints(configure):
