@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_fidelity
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from pipeline import generated
 from pipeline.config import config_from_dict
@@ -246,17 +246,6 @@ class Registered(torch_fidelity.FeatureExtractorBase):
         return tuple(found[name] for name in self.features_list)
 
 
-class Images(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, number):
-        return self.images[number]
-
-
 @pytest.mark.parametrize("batch_size", [7, 16, 64])
 def test_scores_are_those_of_calculate_metrics_for_every_world_size(on_ranks, batch_size):
     """IS, FID, KID, precision and recall, on the images of our own generator."""
@@ -270,7 +259,7 @@ def test_scores_are_those_of_calculate_metrics_for_every_world_size(on_ranks, ba
     reals = torch.cat([alike, torch.randint(0, 256, alike.shape, generator=torch.Generator().manual_seed(1)).byte()])
     torch_fidelity.register_feature_extractor(f"generated {batch_size}", Registered)
     expected = torch_fidelity.calculate_metrics(
-        input1=Images(fakes), input2=Images(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=40,
+        input1=Subset(fakes, range(len(fakes))), input2=Subset(reals, range(len(reals))), isc=True, fid=True, kid=True, prc=True, kid_subset_size=40,
         feature_extractor=f"generated {batch_size}", cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         batch_size=50,
     )  # fmt: skip

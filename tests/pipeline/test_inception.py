@@ -1,5 +1,8 @@
 """Inception itself, with seeded random weights: scores and speed against torch-fidelity's own loop."""
 
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,34 +14,27 @@ import pytest
 import torch
 import torch_fidelity
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from pipeline import features, generated
-from pipeline.config import config_from_dict
+from pipeline.config import config_from_dict, to_yaml
 from pipeline.feature_pass import see, spread
 from pipeline.networks import build_generator
 from pipeline.provenance import compute_exactly
 from pipeline.scores import compare
 
 CPU = torch.device("cpu")
+REPO = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("inception_worker.py")
+CPU_PROCESSES = "configs/accelerate/cpu_two_processes.yaml"
+BATCH_SIZES = (7, 16, 40)
 NUM_FAKES, NUM_REALS = 40, 40
 NAMES = {
     "fid": "frechet_inception_distance",
     "inception_score_mean": "inception_score_mean",
     "kid_mean": "kernel_inception_distance_mean",
 }
-
-
-class Images(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, number):
-        return self.images[number]
 
 
 def random_inception_weights(path: Path, images: torch.Tensor) -> None:
@@ -71,7 +67,7 @@ def inception(tmp_path_factory, on_ranks):
     """The weights file, our extractor of it, a generator that has learned nothing, real images and their statistics."""
     root = tmp_path_factory.mktemp("inception")
     values = {
-        "run": {"name": "x"},
+        "run": {"name": "x", "device": "cpu"},
         "data": {"shards": "none"},
         "model": {"resolution": 16, "num_classes": 3, "z_dim": 8, "g_channels": 4, "attention_resolution": 8},
         "train": {"steps": 1, "global_batch_size": 6},
@@ -97,21 +93,45 @@ def inception(tmp_path_factory, on_ranks):
     return SimpleNamespace(root=root, config=config, generator=generator, reals=reals, extractor=extractor, real=real)
 
 
+def as_dataset(images: torch.Tensor) -> Subset:
+    """What torch-fidelity takes."""
+    return Subset(images, range(len(images)))
+
+
+@pytest.fixture(scope="module")
+def by_processes(inception) -> dict:
+    """{processes: {batch size: what rank 0 holds}}, from real `accelerate launch`es of 2 and of 3 processes."""
+    (inception.root / "config.yaml").write_text(to_yaml(inception.config))
+    torch.save(inception.generator.state_dict(), inception.root / "generator.pt")
+    found = {}
+    for world_size in (2, 3):
+        out = inception.root / f"{world_size}.pt"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CPU_PROCESSES,
+                   "--num_processes", str(world_size), WORKER, inception.root / "config.yaml",
+                   inception.root / "generator.pt", out, *map(str, BATCH_SIZES)]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=REPO, env=environment, check=True, timeout=900)
+        left = torch.load(out, weights_only=False)
+        assert left["world_size"] == world_size
+        found[world_size] = left["found"]
+    return found
+
+
 def equal(one: torch.Tensor | np.ndarray, other: torch.Tensor | np.ndarray) -> bool:
     return bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
 @pytest.mark.slow  # Inception on a CPU, and its covariances
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("batch_size", [7, 16, 40])
-def test_scores_are_those_of_calculate_metrics(inception, on_ranks, batch_size):
-    """With 1, 2 and 3 ranks; where these see bit-equal features, the scores of one are the scores of all."""
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_scores_are_those_of_calculate_metrics(inception, on_ranks, by_processes, batch_size):
+    """With 1, 2 and 3 processes; where these see bit-equal features, the scores of one are the scores of all."""
     evaluation = replace(inception.config.evaluation, batch_size=batch_size)
     config, extractor, reals = replace(inception.config, evaluation=evaluation), inception.extractor, inception.reals
     blocks = range(-(-NUM_FAKES // batch_size))
     fakes = torch.cat([generated.sample_block(inception.generator, config, block, CPU) for block in blocks])
     expected = torch_fidelity.calculate_metrics(
-        input1=Images(fakes), input2=Images(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=30,
+        input1=as_dataset(fakes), input2=as_dataset(reals), isc=True, fid=True, kid=True, prc=True, kid_subset_size=30,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=evaluation.inception_weights,
         cuda=False, cache=True, cache_root=str(inception.root), input2_cache_name="reals", save_cpu_ram=True,
         verbose=False, batch_size=32,
@@ -130,12 +150,11 @@ def test_scores_are_those_of_calculate_metrics(inception, on_ranks, batch_size):
     assert found["kid_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
     assert 0 < found["precision"] + found["recall"] < 2  # or the comparison says little
-    for world_size in (2, 3):
-        for other in on_ranks(world_size, work):
-            assert equal(other.logits, seen.logits)
-            assert equal(other.statistics.kept, seen.statistics.kept)
-            np.testing.assert_allclose(other.statistics.mu, seen.statistics.mu, rtol=1e-12)
-            np.testing.assert_allclose(other.statistics.sigma, seen.statistics.sigma, rtol=1e-9, atol=1e-14)
+    for other in (found[batch_size] for found in by_processes.values()):
+        assert equal(other.logits, seen.logits)
+        assert equal(other.statistics.kept, seen.statistics.kept)
+        np.testing.assert_allclose(other.statistics.mu, seen.statistics.mu, rtol=1e-12)
+        np.testing.assert_allclose(other.statistics.sigma, seen.statistics.sigma, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.slow  # Inception on a CPU, eight times
@@ -149,7 +168,7 @@ def test_the_feature_pass_is_1_3_times_as_fast_as_torch_fidelitys_own_loop(incep
     )  # fmt: skip
 
     def their_loop():
-        get_featuresdict_from_dataset(Images(images), theirs, 8, cuda=False, save_cpu_ram=True, verbose=False)
+        get_featuresdict_from_dataset(as_dataset(images), theirs, 8, cuda=False, save_cpu_ram=True, verbose=False)
 
     def our_pass():
         parts = [(start, images[start : start + 8]) for start in (0, 8)]
