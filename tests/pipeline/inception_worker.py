@@ -1,4 +1,4 @@
-"""One process of several that see the samples of a generator: `inception_worker.py CONFIG GENERATOR OUT BATCH_SIZE...`."""
+"""One process of several that see a generator's samples: `inception_worker.py CONFIG GENERATOR OUT BATCH_SIZE...`."""
 
 import sys
 from dataclasses import replace

@@ -50,7 +50,8 @@ def test_scores_are_those_of_calculate_metrics_with_the_same_extractor():
     fakes, reals = random_images(300, 16, 0), random_images(400, 16, 1) // 2
     torch_fidelity.register_feature_extractor("smoke", SmokeExtractor)
     expected = torch_fidelity.calculate_metrics(
-        input1=Subset(fakes, range(len(fakes))), input2=Subset(reals, range(len(reals))), isc=True, fid=True, feature_extractor="smoke", cuda=False,
+        input1=Subset(fakes, range(len(fakes))), input2=Subset(reals, range(len(reals))),
+        isc=True, fid=True, feature_extractor="smoke", cuda=False,
         cache=False, save_cpu_ram=True, verbose=False, batch_size=64,
     )  # fmt: skip
     extractor = random_features(CPU)

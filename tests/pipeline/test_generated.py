@@ -259,7 +259,8 @@ def test_scores_are_those_of_calculate_metrics_for_every_world_size(on_ranks, ba
     reals = torch.cat([alike, torch.randint(0, 256, alike.shape, generator=torch.Generator().manual_seed(1)).byte()])
     torch_fidelity.register_feature_extractor(f"generated {batch_size}", Registered)
     expected = torch_fidelity.calculate_metrics(
-        input1=Subset(fakes, range(len(fakes))), input2=Subset(reals, range(len(reals))), isc=True, fid=True, kid=True, prc=True, kid_subset_size=40,
+        input1=Subset(fakes, range(len(fakes))), input2=Subset(reals, range(len(reals))),
+        isc=True, fid=True, kid=True, prc=True, kid_subset_size=40,
         feature_extractor=f"generated {batch_size}", cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         batch_size=50,
     )  # fmt: skip
