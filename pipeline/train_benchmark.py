@@ -35,6 +35,7 @@ _PARTS = {
     "spectral norm": ("spectral norm", "_Normalize", "_NormalizeBackward"),
     "finite check": ("finite check",),
     "ema": ("ema",),
+    "all-reduce": ("gloo:all_reduce", "nccl:all_reduce"),
 }
 
 
@@ -52,6 +53,7 @@ class Measured:
     Attributes:
         name: of the setting.
         images_per_second: of each measurement, over all processes.
+        images_per_cpu_second: likewise, by the processor time of all processes; other work beside it matters less.
         parts_seconds: of one update, by `_PARTS`; overlapping: the steps hold the others but the average.
         host_seconds: of one update; on the CPU outside both steps and the average, on a GPU until the host is free.
         data_seconds: of one update, waiting for the batch.
@@ -62,6 +64,7 @@ class Measured:
 
     name: str
     images_per_second: list[float]
+    images_per_cpu_second: list[float]
     parts_seconds: dict[str, float]
     host_seconds: float
     data_seconds: float
@@ -140,11 +143,15 @@ def measure(
         runner.run(2)
         peaks[name] = _peak(device)
     rates: dict[str, list[float]] = {name: [] for name in runners}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in runners}
     for repeat in range(repeats):
         # The order turns, so that none always follows the same.
         for name, runner in list(runners.items())[:: 1 if repeat % 2 == 0 else -1]:
+            started = time.process_time()
             seconds = runner.run(updates)
+            cpu_seconds = sum(world.gather(time.process_time() - started))
             rates[name].append(updates * runner.images / seconds)
+            cpu_rates[name].append(updates * runner.images / cpu_seconds)
             say(f"{repeat + 1} of {repeats}: {name} {rates[name][-1]:.4g} images/s")
     flops = update_flops(first)
     product = matrix_product_flops(device, torch.bfloat16 if first.train.precision == "bf16" else torch.float32)
@@ -155,7 +162,17 @@ def measure(
         speed = flops * rate / first.train.global_batch_size
         parts, host = runner.profile(trace if number == 0 else None)
         settings.append(
-            Measured(name, rates[name], parts, host, runner.data_seconds, peaks[name], speed, speed / product)
+            Measured(
+                name,
+                rates[name],
+                cpu_rates[name],
+                parts,
+                host,
+                runner.data_seconds,
+                peaks[name],
+                speed,
+                speed / product,
+            )
         )
     return Found(
         machine={
@@ -282,6 +299,7 @@ def table(found: Found) -> str:
         ("", [one.name for one in found.settings]),
         ("images/s, median", [f"{one.median:.4g}" for one in found.settings]),
         ("  least to most", [f"{min(r):.4g} - {max(r):.4g}" for r in (s.images_per_second for s in found.settings)]),
+        ("images/CPU-second", [f"{statistics.median(one.images_per_cpu_second):.4g}" for one in found.settings]),
         ("update, s", [f"{found.machine['global_batch_size'] / one.median:.4g}" for one in found.settings]),
         *((f"  {part}, s", [_seconds_text(one.parts_seconds[part]) for one in found.settings]) for part in _PARTS),
         ("  host, s", [_seconds_text(one.host_seconds) for one in found.settings]),
