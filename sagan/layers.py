@@ -203,40 +203,48 @@ def initialize(module: nn.Module, init: Init, spectral_norm_eps: float) -> None:
             layer.reset_singular_vectors()
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; the gradient of the sum of all ranks' losses is the sum of their incoming gradients."""
+class _NormalizeOverRanks(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) over N, H, W of all ranks, and its gradient (Ioffe & Szegedy 2015, section 3).
+
+    One exchange there and one back. The ranks' means and variances are joined by count (Chan et al. 1979), as exact
+    as one process; ranks may hold unequal N.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        variance, mean = torch.var_mean(full_precision(x), (0, 2, 3), correction=0)
+        here = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
+        everywhere = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, here)
+        means, variances, counts = torch.stack(everywhere, dim=1)
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count
+        variance = (counts * (variances + (means - mean).square())).sum(0) / count
+        ctx.save_for_backward(x, mean, variance, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return F.batch_norm(x, mean, variance, eps=eps), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, mean, variance, count = ctx.saved_tensors
+        normalized = F.batch_norm(full_precision(x), mean, variance, eps=ctx.eps)
+        gradient = full_precision(gradients[0])
+        sums = torch.stack([gradient.sum((0, 2, 3)), (gradient * normalized).sum((0, 2, 3))])
+        dist.all_reduce(sums)
+        level, slope = (sums / count)[:, :, None, None]
+        along = normalized.mul_(-slope).add_(gradient).sub_(level)
+        return along.mul_(torch.rsqrt(variance + ctx.eps)[:, None, None]).to(x.dtype), None
 
 
 def _all_reduce_normalize(x: Tensor, mean: Tensor, variance: Tensor, momentum: float, eps: float) -> Tensor:
-    """Normalise `x` (N, C, H, W) over N, H, W of all ranks and advance the running mean and variance, both (C,).
-
-    Two reductions, sum and centred squares, weighted by count: as exact as one process, and ranks may hold unequal N.
-    """
-    wide = full_precision(x)
-    channels = wide.shape[1]
-    count_here = wide.new_full((1,), wide.numel() / channels)
-    total = _AllReduceSum.apply(torch.cat([wide.sum((0, 2, 3)), count_here]))
-    count = total[channels:].detach()
-    batch_mean = total[:channels] / count
-    centred = wide - batch_mean[:, None, None]
-    batch_variance = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / count
+    """Normalise `x` (N, C, H, W) over N, H, W of all ranks and advance the running mean and variance, both (C,)."""
+    y, batch_mean, batch_variance, count = _NormalizeOverRanks.apply(x, eps)
     with torch.no_grad():
         mean.lerp_(batch_mean, momentum)
         variance.lerp_(batch_variance * (count / (count - 1)), momentum)
-    y: Tensor = (centred * torch.rsqrt(batch_variance + eps)[:, None, None]).to(x.dtype)
-    return y
+    normalized: Tensor = y
+    return normalized
 
 
 def _fused_normalize(x: Tensor, mean: Tensor, variance: Tensor, momentum: float, eps: float) -> Tensor:
