@@ -403,7 +403,8 @@ class SelfAttention(nn.Module):
         # The kernels that never hold the whole map, and take its softmax in float32, want equal widths: zeros add none.
         missing = (0, value.shape[-1] - key.shape[-1])
         attended = F.scaled_dot_product_attention(F.pad(query, missing), F.pad(key, missing), value, scale=self.scale)
-        y: Tensor = x + self.gain * self.output(attended.squeeze(1).transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
+        maps = attended.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
+        y: Tensor = x + self.gain * self.output(maps)
         return y
 
 

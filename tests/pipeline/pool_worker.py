@@ -45,6 +45,7 @@ def environment_twice(workers):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     if sys.argv[1] == "environment":
         environment_twice(int(sys.argv[2]))
         sys.exit()
