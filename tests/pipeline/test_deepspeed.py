@@ -84,7 +84,11 @@ def differences(one: dict, other: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "backend",
-    ["deepspeed_zero1", "deepspeed_zero2", pytest.param("cpu_two_processes", marks=pytest.mark.slow)],
+    [
+        pytest.param("deepspeed_zero1", marks=pytest.mark.slow),
+        "deepspeed_zero2",
+        pytest.param("cpu_two_processes", marks=pytest.mark.slow),
+    ],
 )
 def test_five_float32_updates_are_those_of_one_process(backend, config_path, alone, tmp_path):
     """With two discriminator steps, two micro-batches, EMA; and a NaN on one rank alone is skipped by both."""

@@ -73,7 +73,9 @@ def test_a_rank_whose_buffer_was_changed_by_hand_is_named_and_nothing_is_saved(c
     assert not list((config.parent / "parity").glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("fault", ["model.sync_batch_norm=false", "--noise-by-rank"])
+@pytest.mark.parametrize(
+    "fault", ["model.sync_batch_norm=false", pytest.param("--noise-by-rank", marks=pytest.mark.slow)]
+)
 def test_the_comparison_notices_a_fault(config, alone, tmp_path, fault):
     """Without synchronised batch norm, or with noise seeded by rank, the same measure is off by far."""
     pair = five_updates(config, tmp_path / "seen.pt", 2, fault)
