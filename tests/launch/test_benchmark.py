@@ -119,7 +119,7 @@ def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
     pairs = [a / b for a, b in zip(ours["images_per_second"], baseline["images_per_second"], strict=True)]
     assert found["ratio"]["median"] == pytest.approx(sorted(pairs)[1])
     parts = ours["parts_seconds"]
-    assert all(seconds > 0 for seconds in parts.values()), parts
+    assert {part for part, seconds in parts.items() if not seconds} == {"all-reduce"}, parts
     assert parts["optimizer"] + parts["finite check"] < parts["discriminator step"] + parts["generator step"]
     speed = found["update_flops"] * sorted(ours["images_per_second"])[1] / 4
     assert ours["flops_per_second"] == pytest.approx(speed)
