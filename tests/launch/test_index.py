@@ -136,7 +136,7 @@ def test_originals_of_webdatasets_writer_are_trained_on_and_evaluated_against(im
     dataset_id = open_shard_set(str(location)).dataset_id
     assert (state.step, state.dataset_id) == (4, dataset_id)
     command("evaluate", tmp_path / "adopted", "evaluation.features=random", "evaluation.num_images=40",
-            "evaluation.batch_size=20")  # fmt: skip
+            "evaluation.kid_subset_size=20", "evaluation.batch_size=20")  # fmt: skip
     [result] = (tmp_path / "adopted/evaluations").rglob("*.json")
     values = json.loads(result.read_text())
     reference = values["protocol"]["reference"]
