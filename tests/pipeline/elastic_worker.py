@@ -13,14 +13,15 @@ from pathlib import Path
 
 from pipeline.backend import Player
 from pipeline.config import load_config
+from pipeline.gan import Gan
 from pipeline.loader import Loader
-from pipeline.trainer import Trainer, train
+from pipeline.trainer import train
 
 
 def main() -> None:
     config_path, notes, *overrides = sys.argv[1:]
     config = load_config(config_path, overrides)
-    batches_of, draw, update = Loader.batches, Trainer._draw, Player.update
+    batches_of, draw, update = Loader.batches, Gan._draw, Player.update
 
     with open(Path(notes) / f"rank-{os.environ.get('RANK', '0')}.jsonl", "a", buffering=1) as file:
 
@@ -38,8 +39,8 @@ def main() -> None:
                 note("real", batch.number, parts)
                 yield batch
 
-        def noted_draw(self, z_purpose, labels_purpose, step, index):
-            noises = draw(self, z_purpose, labels_purpose, step, index)
+        def noted_draw(self, z_purpose, labels_purpose, step, index, attempt):
+            noises = draw(self, z_purpose, labels_purpose, step, index, attempt)
             parts = [list(zip(map(digest, noise.z), noise.labels.tolist(), strict=True)) for noise in noises]
             note("noise", z_purpose, step, index, parts)
             return noises
@@ -48,7 +49,7 @@ def main() -> None:
             note("loss", self.name, step, float(loss))
             return update(self, step, loss)
 
-        Loader.batches, Trainer._draw, Player.update = noted_batches, noted_draw, noted_update
+        Loader.batches, Gan._draw, Player.update = noted_batches, noted_draw, noted_update
         train(config)
 
 
