@@ -67,8 +67,6 @@ class Evaluator:
         comparison.check_reference_set(config, self.shard_set)
         if config.evaluation.intra_class_images:
             intra_class.check_classes(config, self.shard_set)
-        if config.evaluation.truncations:
-            truncation.check_can_plot()
         scores.check_counts(config.evaluation, config.evaluation.num_images, self.shard_set.index.num_samples)
 
     @cached_property

@@ -130,7 +130,7 @@ def _write_onnx(generator: nn.Module, path: Path, z: Tensor, labels: Tensor | No
     batch = torch.export.Dim("batch", min=1)
     inputs = {"z": z} if labels is None else {"z": z, "labels": labels}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own imports
+        warnings.simplefilter("ignore")  # the exporter's own code and imports warn of what users cannot change
         program = torch.onnx.export(
             generator,
             kwargs=inputs,

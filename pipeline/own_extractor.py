@@ -53,7 +53,7 @@ def _load_file(path: Path) -> tuple[nn.Module, bytes]:
         with warnings.catch_warnings():
             # torch advises torch.export; TorchScript files are what published feature networks come as.
             warnings.simplefilter("ignore", FutureWarning)
-            network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+            network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]  # torch leaves it untyped
     except (OSError, RuntimeError) as error:
         raise EvaluationError(f"evaluation.features={path} is no TorchScript file that can be read: {error}") from error
     return network, content

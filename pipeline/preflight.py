@@ -8,7 +8,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from pipeline import comparison, intra_class, reference, results, scores, subject, tracking, truncation
+from pipeline import comparison, intra_class, reference, results, scores, subject, tracking
 from pipeline.config import Config
 from pipeline.feature_pass import MAX_KEPT
 from pipeline.features import EvaluationError, Extractor, read_weights
@@ -84,10 +84,6 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
         chosen = subject.read(paths[-1], config, _need(found, "shards", ShardSet))
         return f"{len(paths)} to score, the newest {chosen.path}, {chosen.weights} sha256 {chosen.weights_sha256[:12]}"
 
-    def plot() -> str:
-        truncation.check_can_plot()
-        return f"thresholds {', '.join(f'{value:g}' for value in config.evaluation.truncations)}"
-
     def classes() -> str:
         shard_set = _need(found, "shards", ShardSet)
         intra_class.check_classes(config, shard_set)
@@ -101,7 +97,6 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
         ("reference", statistics, True),
         ("reference file", foreign, evaluated.reference_file is not None),
         ("generator", generator, True),
-        ("truncation", plot, bool(evaluated.truncations)),
         ("classes", classes, evaluated.intra_class_images > 0),
         ("memory", lambda: _memory(config, found), True),
         ("disk", lambda: _disk(run_dir), True),

@@ -134,7 +134,7 @@ def measure(
     if baseline:
         gan = runners[next(iter(configs))].updater
         assert isinstance(gan, Gan)
-        book = Textbook(first, device, gan.generator.module, gan.discriminator.module)  # type: ignore[arg-type]  # of config
+        book = Textbook(first, device, gan.generator.module, gan.discriminator.module)  # type: ignore[arg-type]  # players hold modules of any kind
         runners["baseline"] = _Runner(first, book, batches(first), device)
     peaks = {}
     for name, runner in runners.items():

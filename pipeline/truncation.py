@@ -1,6 +1,5 @@
 """The truncation curve: FID against Inception Score as noise is kept nearer to zero (arXiv 1809.11096, section 3.1)."""
 
-import importlib.util
 import io
 from functools import partial
 from pathlib import Path
@@ -10,24 +9,12 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.feature_pass import Seen, Statistics, on_rank_0
-from pipeline.features import IS_SPLITS, EvaluationError, Extractor, frechet_distance, inception_score
+from pipeline.features import IS_SPLITS, Extractor, frechet_distance, inception_score
 from pipeline.generated import UnusableSamplesError, make_samples
 from pipeline.shard_file import write_file
 from pipeline.world import World
 
 Point = dict[str, Any]  # truncation with fid and inception_score_mean (None without logits), or with error
-
-
-def check_can_plot() -> None:
-    """Finds out before hours of work whether the curve can be drawn.
-
-    Raises:
-        EvaluationError: matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise EvaluationError(
-            "evaluation.truncations draws a curve, which needs matplotlib: `pip install matplotlib`, or leave it out"
-        )
 
 
 def score_truncations(

@@ -3,8 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
-from torch.utils.data import Subset
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -24,47 +22,6 @@ CPU = torch.device("cpu")
 
 def random_images(num_images: int, size: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_images, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
-
-
-class SmokeExtractor(torch_fidelity.FeatureExtractorBase):
-    """Our random network as torch-fidelity wants it."""
-
-    def __init__(self, name, features_list, **kwargs):
-        super().__init__(name, features_list)
-        self.network = random_features(CPU).network
-
-    @staticmethod
-    def get_provided_features_list():
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return {"isc": "logits", "fid": "features"}[metric]
-
-    def forward(self, images):
-        found = dict(zip(("features", "logits"), self.network(images), strict=True))
-        return tuple(found[name] for name in self.features_list)
-
-
-def test_scores_are_those_of_calculate_metrics_with_the_same_extractor():
-    fakes, reals = random_images(300, 16, 0), random_images(400, 16, 1) // 2
-    torch_fidelity.register_feature_extractor("smoke", SmokeExtractor)
-    expected = torch_fidelity.calculate_metrics(
-        input1=Subset(fakes, range(len(fakes))), input2=Subset(reals, range(len(reals))),
-        isc=True, fid=True, feature_extractor="smoke", cuda=False,
-        cache=False, save_cpu_ram=True, verbose=False, batch_size=64,
-    )  # fmt: skip
-    extractor = random_features(CPU)
-    fake_features, logits = extractor(fakes)
-    statistics = [
-        statistic
-        for rows in (fake_features, extractor(reals)[0])
-        for statistic in (rows.double().mean(0).numpy(), np.cov(rows.double().numpy(), rowvar=False))
-    ]
-    assert frechet_distance(*statistics) == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    mean, std = inception_score(logits, 10)
-    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert std == pytest.approx(expected["inception_score_std"], rel=1e-6)
 
 
 def test_frechet_distance_of_independent_features_by_hand():
