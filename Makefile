@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Files of tests run side by side in so many processes: most tests wait for processes of their own.
+TEST_PROCESSES ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup demo test test-all check format lock ui clean
@@ -10,7 +12,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the exact versions of requirements.lock (about 6 GB)"
 	@echo "make demo       shards, two-process training, evaluation and MLflow on handwritten digits, under 10 minutes"
-	@echo "make test       the fast tests, about a quarter of an hour on 2 cores"
+	@echo "make test       the fast tests, about ten minutes on 2 cores"
 	@echo "make test-all   the slow ones too"
 	@echo "make check      format, lint and types"
 	@echo "make ui         the MLflow page of the runs here"
