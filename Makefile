@@ -7,13 +7,14 @@ TEST_PROCESSES ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-all check format lock ui clean
+.PHONY: help setup demo test test-all gpu check format lock ui clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the exact versions of requirements.lock (about 6 GB)"
 	@echo "make demo       shards, two-process training, evaluation and MLflow on handwritten digits, under 10 minutes"
 	@echo "make test       the fast tests, about ten minutes on 2 cores"
 	@echo "make test-all   the slow ones too"
+	@echo "make gpu        on a machine with a GPU: its tests, the benchmark tables, half an hour of CIFAR-10 (OUT=gpu)"
 	@echo "make check      format, lint and types"
 	@echo "make ui         the MLflow page of the runs here"
 	@echo "make lock       requirements.lock anew from pyproject.toml"
@@ -37,6 +38,9 @@ test: setup
 
 test-all: setup
 	$(PYTEST) $(ARGS)
+
+gpu: setup
+	PATH=$(abspath $(BIN)):$$PATH tests/gpu/check.sh
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,9 +1,11 @@
-"""Measures the parts of a training run: reading (`data SET`) and updating (`train CONFIG`)."""
+"""Measures a training run: reading (`data SET`), updating (`train CONFIG`), and both sizes' cost (`scaling CONFIG`)."""
 
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +26,12 @@ examples:
   against a textbook  python launch/benchmark.py train configs/imagenet128.yaml train.precision=bf16 --baseline
   does it pay         python launch/benchmark.py train configs/imagenet128.yaml --compare train.precision=bf16
   several processes   accelerate launch --config_file configs/accelerate/one_machine.yaml launch/benchmark.py train ...
+  as batches grow     python launch/benchmark.py scaling configs/imagenet128.yaml --vary batch-size=16,32,64,128 \\
+                          train.precision=bf16 --plot batch_size.png
+  as processes grow   python launch/benchmark.py scaling configs/imagenet128.yaml --vary processes=1,2,4,8
 """
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,8 +86,32 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--trace", type=Path, metavar="FILE", help="write one update's trace for chrome://tracing")
     train.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     train.set_defaults(run=_train)
+    scaling = commands.add_parser(
+        "scaling",
+        help="what training costs as one thing grows",
+        description="Runs `train` for one value after another, each in processes of its own, and prints a table: "
+        "images/s, memory, share of a matrix product's speed. Ends early where the memory does not suffice.",
+    )
+    scaling.add_argument("config", type=Path, metavar="CONFIG")
+    scaling.add_argument("overrides", nargs="*", metavar="section.name=value")
+    scaling.add_argument(
+        "--vary",
+        type=_growing,
+        required=True,
+        metavar="NAME=N,N,...",
+        help="batch-size (images of a process), processes, or a key such as model.resolution",
+    )
+    scaling.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: run.device of the configuration")
+    scaling.add_argument(
+        "--batch-size", type=at_least(1), default=4, metavar="N", help="images of one process's update; default 4"
+    )
+    scaling.add_argument("--updates", type=at_least(1), default=3, metavar="N", help="of a measurement; default 3")
+    scaling.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each; default 5")
+    scaling.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s and memory, as PNG")
+    scaling.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
+    scaling.set_defaults(run=_scaling)
     options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and options.run is not _train):
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and options.run is _data):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest  # argparse takes positional arguments of a command only where the first of them stand
@@ -155,12 +186,90 @@ def _train(options: argparse.Namespace) -> int:
         )
     except (WorldSizeError, ValueError, OSError) as error:
         return report(error)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):  # as a GPU and as a CPU says it
+            return report(MemoryError(f"out of memory; use a smaller --batch-size ({str(error).splitlines()[0]})"))
+        raise
     if world.is_main:
         print(table(found))
         if options.json:
             options.json.write_text(found.to_json() + "\n")
     world.shutdown()
     return 0
+
+
+def _growing(text: str) -> tuple[str, list[int]]:
+    name, _, values = text.partition("=")
+    try:
+        numbers = [int(value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like batch-size=1,2,4") from None
+    if min(numbers) < 1 or not (name in ("batch-size", "processes") or "." in name):
+        raise argparse.ArgumentTypeError(f"{text!r}: batch-size, processes or section.name, with numbers from 1 on")
+    return name, numbers
+
+
+def _scaling(options: argparse.Namespace) -> int:
+    import torch
+
+    from pipeline.config import ConfigError, load_config
+    from pipeline.scaling import Point, plot, table
+
+    name, values = options.vary
+    points: list[Point] = []
+    try:
+        overrides = options.overrides + ([f"run.device={options.device}"] if options.device else [])
+        device = load_config(options.config, overrides).run.device  # a mistyped key ends it here
+        use_cpu = device == "cpu" or not torch.cuda.is_available()
+        for value in values:
+            print(f"{name}={value}", file=sys.stderr, flush=True)
+            points.append(Point(value, _measured_apart(options, name, value, use_cpu)))
+            if points[-1].found is None:
+                break
+    except (ConfigError, ChildProcessError) as error:
+        return report(error)
+    print(table(name, points))
+    if options.plot and len(points) > 1:
+        plot(options.plot, name, f"{options.config.name} {' '.join(options.overrides)}", points)
+    if options.json:
+        options.json.write_text(json.dumps([vars(point) for point in points], indent=1) + "\n")
+    return 0
+
+
+def _measured_apart(options: argparse.Namespace, name: str, value: int, use_cpu: bool) -> "dict[str, object] | None":
+    """Runs `train` for one value; returns its JSON, or None where the memory did not suffice.
+
+    Raises:
+        ChildProcessError: it failed otherwise; its own message is above.
+    """
+    processes = value if name == "processes" else 1
+    batch_size = processes * (value if name == "batch-size" else options.batch_size)
+    overrides = options.overrides + ([f"{name}={value}"] if "." in name else [])
+    start = [sys.executable]
+    if processes > 1:
+        file = "cpu_two_processes.yaml" if use_cpu else "one_machine.yaml"
+        start += ["-m", "accelerate.commands.launch", "--config_file", str(_ROOT / "configs/accelerate" / file)]
+        start += ["--num_processes", str(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "found.json")
+        command = [*start, str(_ROOT / "launch/benchmark.py"), "train", str(options.config), *overrides]
+        command += ["--batch-size", str(batch_size), "--updates", str(options.updates), "--json", str(found)]
+        command += ["--repeats", str(options.repeats)] + (["--device", options.device] if options.device else [])
+        # One thread for one process too, as launchers set it for several: otherwise more threads meet more processes.
+        environment = ({"OMP_NUM_THREADS": "1"} if name == "processes" else {}) | os.environ
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stderr is not None
+            said = []
+            for line in child.stderr:
+                said.append(line)
+                sys.stderr.write(line)
+        if child.returncode == 0:
+            return dict(json.loads(found.read_text()))
+    if child.returncode == -9 or any("out of memory" in line for line in said):
+        return None
+    raise ChildProcessError(f"measuring {name}={value} ended with status {child.returncode}; its message is above")
 
 
 def _real_batches(config: "Config", world: "World") -> "Iterator[Batch]":

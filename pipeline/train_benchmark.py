@@ -84,7 +84,8 @@ class Found:
 
     Attributes:
         machine: device, threads, versions.
-        update_flops: of one update of the global batch, multiplications and additions, in our form.
+        images_per_update: real images that one update takes, over all processes and discriminator steps.
+        update_flops: of one update, multiplications and additions, in our form.
         matrix_product_flops_per_second: of the precision of the first setting.
         convolution_flops_per_second: of a float32 3x3 convolution, 256 channels, 32x32, forward and backward.
         settings: the first is the configuration as it is.
@@ -92,6 +93,7 @@ class Found:
     """
 
     machine: dict[str, Any]
+    images_per_update: int
     update_flops: int
     matrix_product_flops_per_second: float
     convolution_flops_per_second: float
@@ -153,13 +155,13 @@ def measure(
             rates[name].append(updates * runner.images / seconds)
             cpu_rates[name].append(updates * runner.images / cpu_seconds)
             say(f"{repeat + 1} of {repeats}: {name} {rates[name][-1]:.4g} images/s")
-    flops = update_flops(first)
+    flops, images = update_flops(first), next(iter(runners.values())).images
     product = matrix_product_flops(device, torch.bfloat16 if first.train.precision == "bf16" else torch.float32)
     product *= world.size
     settings = []
     for number, (name, runner) in enumerate(runners.items()):
         rate = statistics.median(rates[name])
-        speed = flops * rate / first.train.global_batch_size
+        speed = flops * rate / images
         parts, host = runner.profile(trace if number == 0 else None)
         settings.append(
             Measured(
@@ -183,6 +185,7 @@ def measure(
             "global_batch_size": first.train.global_batch_size,
             "updates": updates,
         },
+        images_per_update=images,
         update_flops=flops,
         matrix_product_flops_per_second=product,
         convolution_flops_per_second=convolution_flops(device, first.train.global_batch_size),
@@ -300,7 +303,7 @@ def table(found: Found) -> str:
         ("images/s, median", [f"{one.median:.4g}" for one in found.settings]),
         ("  least to most", [f"{min(r):.4g} - {max(r):.4g}" for r in (s.images_per_second for s in found.settings)]),
         ("images/CPU-second", [f"{statistics.median(one.images_per_cpu_second):.4g}" for one in found.settings]),
-        ("update, s", [f"{found.machine['global_batch_size'] / one.median:.4g}" for one in found.settings]),
+        ("update, s", [f"{found.images_per_update / one.median:.4g}" for one in found.settings]),
         *((f"  {part}, s", [_seconds_text(one.parts_seconds[part]) for one in found.settings]) for part in _PARTS),
         ("  host, s", [_seconds_text(one.host_seconds) for one in found.settings]),
         ("  data wait, s", [_seconds_text(one.data_seconds) for one in found.settings]),

@@ -26,6 +26,7 @@ from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress, data_metrics
 from pipeline.read_counts import ReadCounts
 from pipeline.stall import StallWatch
+from pipeline.start_up import StartUp
 from pipeline.stop import StopRequest
 from pipeline.summary import check_data, describe, steps_per_epoch
 from pipeline.tracking import NullTracker, RunFacts, Status, Tracker, open_tracker, send_unsent
@@ -72,9 +73,11 @@ def train(config: Config) -> None:
         NonFiniteError: training went non-finite and rolling back did not help, or is switched off.
         ReplicaError: two ranks' replicas differ.
     """
+    start_up = StartUp()
     with StallWatch(config.health.stall_seconds) as watch:
         # nccl's own time limit would end ranks before the watch tells where they stand.
         world = World(config.run.device, config.run.expected_world_size, 2 * config.health.stall_seconds)
+        start_up.lap("processes")
         if world.device.type == "cpu":
             keep_freed_memory()
         # From here on ranks must agree on the step to stop at; before, a signal simply ends them.
@@ -87,7 +90,10 @@ def train(config: Config) -> None:
             if world.is_main:
                 print(describe(config, shard_set, world.size, str(world.device)), flush=True)
             _check_shared_directory(config.run_dir, world)
-            Trainer(config, world, shard_set).run(stop, watch)
+            start_up.lap("data set")
+            trainer = Trainer(config, world, shard_set)
+            start_up.lap("networks")
+            trainer.run(stop, watch, start_up)
             world.shutdown()
 
 
@@ -117,12 +123,13 @@ class Trainer:
         self.trouble: NonFinite | None = None
         self.redrawn: tuple[tuple[int, int], ...] = ()  # steps that were gone back on, see TrainerState
 
-    def run(self, stop: StopRequest, watch: StallWatch) -> None:
+    def run(self, stop: StopRequest, watch: StallWatch, start_up: StartUp) -> None:
         """Resumes, trains, and leaves the run directory ready for whatever comes next.
 
         Args:
             stop: is asked once a step, on every rank.
             watch: is told of every step.
+            start_up: is shown after the first step.
         """
         self._resume()
         self.world.check_same({"step": self.step})
@@ -138,7 +145,8 @@ class Trainer:
         try:
             if self.world.is_main:
                 self.tracker.log_files(self.step, run_files.write(self.config, self.shard_set), "run")
-            while self.step < self.config.train.steps and not self._run_until_trouble(stop, watch):
+            start_up.lap("run directory")
+            while self.step < self.config.train.steps and not self._run_until_trouble(stop, watch, start_up):
                 self._roll_back()
             status = "FINISHED" if self.step >= self.config.train.steps else "KILLED"
             if status == "FINISHED":
@@ -148,7 +156,7 @@ class Trainer:
             watch.alive()  # closing may take a minute by itself
             self.tracker.close(status)
 
-    def _run_until_trouble(self, stop: StopRequest, watch: StallWatch) -> bool:
+    def _run_until_trouble(self, stop: StopRequest, watch: StallWatch, start_up: StartUp) -> bool:
         """Trains to the end or a requested stop and returns True, or returns False when it went non-finite."""
         train = self.config.train
         batches = self.loader.batches(self.step * train.num_d_steps)
@@ -156,6 +164,7 @@ class Trainer:
             watch.alive()
             agreement = self.world.start_any(stop.requested())
             self._one_step(batches)
+            start_up.tell_first_step(self.progress.say)
             self.progress.advance(self.step)
             stopping = agreement.result()
             last = self.step == train.steps or stopping

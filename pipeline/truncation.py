@@ -1,17 +1,16 @@
 """The truncation curve: FID against Inception Score as noise is kept nearer to zero (arXiv 1809.11096, section 3.1)."""
 
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from pipeline import plots
 from pipeline.config import Config
 from pipeline.feature_pass import Seen, Statistics, on_rank_0
 from pipeline.features import IS_SPLITS, Extractor, frechet_distance, inception_score
 from pipeline.generated import UnusableSamplesError, make_samples
-from pipeline.shard_file import write_file
 from pipeline.world import World
 
 Point = dict[str, Any]  # truncation with fid and inception_score_mean (None without logits), or with error
@@ -40,9 +39,7 @@ def score_truncations(
 
 def plot(path: Path, points: list[Point], step: int, fid_name: str) -> None:
     """Draws FID against the Inception Score, each point with its threshold, as PNG; FID by threshold without scores."""
-    from matplotlib.figure import Figure  # 0.5 s, and only this needs it
-
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = plots.new_figure(6, 4.5)
     axes = figure.subplots()
     has_scores = all(point["inception_score_mean"] is not None for point in points)
     key = "inception_score_mean" if has_scores else "truncation"
@@ -53,6 +50,4 @@ def plot(path: Path, points: list[Point], step: int, fid_name: str) -> None:
         axes.annotate(f"{row['truncation']:g}", (x, y), xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel=key.replace("_", " "), ylabel=fid_name, title=f"step {step:,}, thresholds of |z|")
     axes.grid(alpha=0.3)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
-    write_file(path, file.getvalue())
+    plots.write_png(path, figure)

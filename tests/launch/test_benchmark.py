@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -108,7 +109,7 @@ def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
     """As on a machine that lends a GPU and has little else; the figures hang together."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = [sys.executable, "-c", LIGHT, "train", "tiny.yaml", "--baseline", "--updates", "2", "--repeats", "3",
-               "--json", "found.json", "--trace", "trace.json"]  # fmt: skip
+               "--json", "found.json", "--trace", "trace.json", "train.num_d_steps=2"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -121,7 +122,7 @@ def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
     parts = ours["parts_seconds"]
     assert {part for part, seconds in parts.items() if not seconds} == {"all-reduce"}, parts
     assert parts["optimizer"] + parts["finite check"] < parts["discriminator step"] + parts["generator step"]
-    speed = found["update_flops"] * sorted(ours["images_per_second"])[1] / 4
+    speed = found["update_flops"] * sorted(ours["images_per_second"])[1] / (4 * 2)
     assert ours["flops_per_second"] == pytest.approx(speed)
     assert ours["utilisation"] == pytest.approx(speed / found["matrix_product_flops_per_second"])
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
@@ -136,6 +137,23 @@ def test_a_setting_is_compared_with_another(tmp_path):
                        "run.seed=1", "--repeats", 2)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "of as configured to train.precision=bf16" in result.stdout
+
+
+def test_cost_is_told_as_batches_grow_until_memory_ends(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = benchmark("scaling", tmp_path / "tiny.yaml", "--vary", "batch-size=1,2,10000000000", "--updates", 1,
+                       "--repeats", 2, "--plot", tmp_path / "plot.png", "--json", tmp_path / "found.json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two, never = json.loads((tmp_path / "found.json").read_text())
+    assert [one["value"], two["value"], never] == [1, 2, {"value": 10000000000, "found": None}]
+    assert two["found"]["update_flops"] == 2 * one["found"]["update_flops"]
+    rows = [line.split(" | ") for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["| batch-size", "| ---", "| 1", "| 2", "| 10000000000"]
+    assert rows[-1][1] == "out of memory"
+    first, second = sorted(two["found"]["settings"][0]["images_per_second"])
+    assert rows[3][1].startswith(f"{(first + second) / 2:.4g} ({first:.4g} - {second:.4g})")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size == (1080, 432)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -88,6 +89,8 @@ def test_a_signal_to_one_rank_of_two_ends_both_with_one_checkpoint(tiny_shards, 
         lines = []
         for line in job.stderr:
             lines.append(line)
+            if line.startswith("first step after"):
+                start_up, cpu_seconds = line, [sum(rank.cpu_times()[:2]) for rank in ranks(job)]
             if line.startswith("step 10/"):
                 ranks(job)[-1].send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == 0, "".join(lines)
@@ -97,6 +100,10 @@ def test_a_signal_to_one_rank_of_two_ends_both_with_one_checkpoint(tiny_shards, 
     published = checkpoint.published(tmp_path / "pair")
     assert len(published) == 1
     assert any(f"stopped by SIGUSR1 at step {checkpoint.step_of(published[0])}, checkpoint" in line for line in lines)
+    total, *laps = (float(number) for number in re.findall(r"\d+\.\d", start_up))
+    assert re.findall(r"(\w+) [\d.]+[,\n]", start_up)[1:] == ["processes", "set", "networks", "directory", "step"]
+    assert sum(laps) == pytest.approx(total, abs=0.4)
+    assert len(cpu_seconds) == 2 and max(cpu_seconds) < 15
 
 
 def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
