@@ -6,6 +6,7 @@ to wait in the queue passes during other tests.
 
 import contextlib
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -192,20 +193,20 @@ def test_scancel_is_for_good_and_the_same_command_goes_on(cluster, start):
 @pytest.mark.slow
 def test_a_finished_run_says_so_and_an_extended_one_goes_on(cluster, start, undisturbed):
     """In between the trainer refuses what the check before it cannot see; its message is in the job's log."""
-    _, run_dir = undisturbed
-    more = f"train.steps={STEPS + 10}"
-    job, _ = start("undisturbed")
+    more, run_dir = f"train.steps={STEPS + 10}", undisturbed[1].with_name("extended")
+    shutil.copytree(undisturbed[1], run_dir)  # other tests look at the original
+    job, _ = start("extended")
     assert cluster.wait_for_end(job) == "COMPLETED"
     assert f"finished: {STEPS} steps are done; a larger train.steps goes on" in cluster.log(job)
     assert "ended with status" not in cluster.log(job), "nothing was started"
 
-    job, _ = start("undisturbed", (), (more, "optimizer.lr_g=0.5"))
+    job, _ = start("extended", (), (more, "optimizer.lr_g=0.5"))
     assert cluster.wait_for_end(job) == "FAILED"
     told = cluster.log(job)
     assert told.count("step-00000090 was made with other hyperparameters:\n  optimizer.lr_g: 0.0003 -> 0.5\n") == 1
     assert f"no newer checkpoint than {STEPS}, so it is not tried again" in told and "Traceback" not in told
 
-    job, _ = start("undisturbed", (), (more,))
+    job, _ = start("extended", (), (more,))
     assert cluster.wait_for_end(job) == "COMPLETED"
     assert f"from step {STEPS} to {STEPS + 10}" in cluster.log(job)
     assert (run_dir / "DONE").read_text() == f"{STEPS + 10}\n"
