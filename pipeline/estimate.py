@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Config
 from pipeline.journal import JournalError, read_records
-from pipeline.networks import build_discriminator, build_generator
+from pipeline.networks import build_shapes
 
 _FLOAT_BYTES = 4
 
@@ -39,8 +39,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     """
     train = config.train
     images = train.global_batch_size // train.accumulation_steps // world_size
-    with torch.device("meta"):  # where spectral norm skips its first iterations
-        generator, discriminator = build_generator(config), build_discriminator(config)
+    generator, discriminator = build_shapes(config)
     dtype = torch.float64 if train.precision == "float64" else torch.float32
     generator.to(dtype), discriminator.to(dtype)
     activation_bytes = _activation_bytes(config, generator.train(), discriminator.train(), images)

@@ -1,8 +1,11 @@
 """From a configuration to its networks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config
 from sagan import DcganDiscriminator, DcganGenerator, Discriminator, Generator
@@ -62,9 +65,22 @@ def build_discriminator(config: Config) -> Discriminator | DcganDiscriminator:
     )
 
 
+def build_shapes(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Returns generator and discriminator on the meta device: all shapes, no numbers, in milliseconds."""
+    with torch.device("meta"), _WithoutDraws():
+        return build_generator(config), build_discriminator(config)
+
+
 def count_parameters(config: Config) -> tuple[int, int]:
     """Returns the number of parameters of generator and discriminator, without building either."""
-    with torch.device("meta"):
-        networks = build_generator(config), build_discriminator(config)
-    generator, discriminator = (sum(p.numel() for p in network.parameters()) for network in networks)
+    generator, discriminator = (sum(p.numel() for p in network.parameters()) for network in build_shapes(config))
     return generator, discriminator
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out draws of normal numbers: on the meta device the first of them imports torch._dynamo, for 3 s."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))

@@ -30,8 +30,8 @@ def table(name: str, points: Sequence[Point]) -> str:
         points: its values, in order.
     """
     heads = (
-        name, "images/s (least to most)", "images per CPU-second", "update, s", "all-reduce, s", "memory, GB",
-        "TFLOP/s", "of a matrix product",
+        name, "images/s (least to most)", "images per CPU-second", "update, s", "outside the models",
+        "all-reduce, s", "memory, GB", "TFLOP/s", "of a matrix product",
     )  # fmt: skip
     rows = [heads, ("---",) * len(heads)]
     for point in points:
@@ -47,6 +47,7 @@ def table(name: str, points: Sequence[Point]) -> str:
                 f"{statistics.median(rates):.4g} ({min(rates):.4g} - {max(rates):.4g})",
                 f"{statistics.median(one['images_per_cpu_second']):.4g}",
                 f"{point.found['images_per_update'] / statistics.median(rates):.4g}",
+                f"{100 * one['outside_share']:.1f} %",
                 f"{all_reduce:.3f}" if all_reduce else "-",
                 f"{one['memory_peak_bytes'] / 1e9:.2f}",
                 f"{one['flops_per_second'] / 1e12:.4g}",

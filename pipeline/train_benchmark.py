@@ -27,6 +27,8 @@ from pipeline.networks import build_discriminator, build_generator
 from pipeline.textbook import Textbook
 from pipeline.world import World, configure_determinism
 
+# Of an update: what is neither forward nor backward of the models.
+_OUTSIDE = ("optimizer", "spectral norm", "finite check", "ema")
 # Of an update: what a row of the table shows, and the profiler's names for it.
 _PARTS = {
     "discriminator step": ("discriminator step",),
@@ -57,6 +59,7 @@ class Measured:
         parts_seconds: of one update, by `_PARTS`; overlapping: the steps hold the others but the average.
         host_seconds: of one update; on the CPU outside both steps and the average, on a GPU until the host is free.
         data_seconds: of one update, waiting for the batch.
+        outside_share: of one update, all but the models' forward and backward and the all-reduce.
         memory_peak_bytes: of the device; on a CPU of this process, with all settings before it.
         flops_per_second: floating-point operations of `update_flops`, per second, over all processes.
         utilisation: flops_per_second over that of the matrix product.
@@ -68,6 +71,7 @@ class Measured:
     parts_seconds: dict[str, float]
     host_seconds: float
     data_seconds: float
+    outside_share: float
     memory_peak_bytes: int
     flops_per_second: float
     utilisation: float
@@ -162,7 +166,8 @@ def measure(
     for number, (name, runner) in enumerate(runners.items()):
         rate = statistics.median(rates[name])
         speed = flops * rate / images
-        parts, host = runner.profile(trace if number == 0 else None)
+        seconds, parts, host = runner.profile(trace if number == 0 else None)
+        outside = sum(parts[part] for part in _OUTSIDE) + host * (device.type == "cpu")  # a GPU's host works beside it
         settings.append(
             Measured(
                 name,
@@ -171,6 +176,7 @@ def measure(
                 parts,
                 host,
                 runner.data_seconds,
+                (outside + runner.data_seconds) / (seconds + runner.data_seconds),
                 peaks[name],
                 speed,
                 speed / product,
@@ -217,8 +223,8 @@ class _Runner:
         self.data_seconds = waited / updates
         return time.perf_counter() - started
 
-    def profile(self, trace: Path | None) -> tuple[dict[str, float], float]:
-        """Returns the seconds of one update's parts, and of the host."""
+    def profile(self, trace: Path | None) -> tuple[float, dict[str, float], float]:
+        """Returns the seconds of one update, of its parts, and of the host."""
         reals = [next(self._batches) for _ in range(self._num_d_steps)]
         cuda = self._device.type == "cuda"
         _wait(self._device)
@@ -227,6 +233,7 @@ class _Runner:
             self.updater.update(self.step + 1, reals, 0)
             host = time.perf_counter() - started
             _wait(self._device)
+            seconds = time.perf_counter() - started
         totals: dict[str, float] = {}
         for event in profiled.key_averages():
             totals[event.key] = (event.device_time_total if cuda else event.cpu_time_total) / 1e6
@@ -235,7 +242,7 @@ class _Runner:
         parts = {part: sum(totals.get(name, 0.0) for name in names) for part, names in _PARTS.items()}
         if not cuda:
             host -= parts["discriminator step"] + parts["generator step"] + parts["ema"]
-        return parts, host
+        return seconds, parts, host
 
 
 def synthetic(config: Config, world: World) -> Iterator[Batch]:
@@ -307,6 +314,7 @@ def table(found: Found) -> str:
         *((f"  {part}, s", [_seconds_text(one.parts_seconds[part]) for one in found.settings]) for part in _PARTS),
         ("  host, s", [_seconds_text(one.host_seconds) for one in found.settings]),
         ("  data wait, s", [_seconds_text(one.data_seconds) for one in found.settings]),
+        ("  outside the models", [f"{100 * one.outside_share:.1f} %" for one in found.settings]),
         ("memory peak, GB", [f"{one.memory_peak_bytes / 1e9:.2f}" for one in found.settings]),
         ("TFLOP/s", [f"{one.flops_per_second / 1e12:.4g}" for one in found.settings]),
         ("of a matrix product", [f"{100 * one.utilisation:.1f} %" for one in found.settings]),

@@ -52,11 +52,14 @@ class SpectralNorm(nn.Module):
 
     def reset_singular_vectors(self) -> None:
         """Start `u` and `v` at random (torch's global generator) and let them approach the current weight."""
-        matrix = self.weight.detach().flatten(1)
-        self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0, eps=self.eps))
-        self.register_buffer("v", F.normalize(torch.randn_like(matrix[0]), dim=0, eps=self.eps))
-        if self.weight.is_meta:
-            return  # shapes only, and operations on them are slow
+        weight = self.weight
+        rows, columns = weight.shape[0], weight.shape[1:].numel()
+        self.register_buffer("u", torch.empty(rows, dtype=weight.dtype, device=weight.device))
+        self.register_buffer("v", torch.empty(columns, dtype=weight.dtype, device=weight.device))
+        if weight.is_meta:
+            return  # shapes only: the first operation on them imports torch._dynamo, for 3 s
+        for vector in (self.u, self.v):
+            vector.copy_(F.normalize(torch.randn_like(vector), dim=0, eps=self.eps))
         for _ in range(_STARTING_ITERATIONS):
             self.power_iteration()
 

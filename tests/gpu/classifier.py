@@ -38,7 +38,7 @@ def main(shards: str, out: str, device: str = "cuda", epochs: str = "10") -> Non
     shard_set = open_shard_set(shards)
     loader = Loader(shard_set, image_size=32, seed=0, global_batch_size=BATCH_SIZE, num_workers=2)
     updates = int(epochs) * shard_set.manifest.num_samples // BATCH_SIZE
-    network = Classifier(len(shard_set.manifest.classes)).to(device)
+    network = Classifier(shard_set.manifest.num_classes).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, updates)
     right = seen = 0

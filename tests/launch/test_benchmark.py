@@ -122,6 +122,9 @@ def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
     parts = ours["parts_seconds"]
     assert {part for part, seconds in parts.items() if not seconds} == {"all-reduce"}, parts
     assert parts["optimizer"] + parts["finite check"] < parts["discriminator step"] + parts["generator step"]
+    outside = sum(parts[part] for part in ("optimizer", "spectral norm", "finite check", "ema")) + ours["host_seconds"]
+    inside = parts["discriminator step"] + parts["generator step"]
+    assert ours["outside_share"] == pytest.approx(outside / (inside + parts["ema"] + ours["host_seconds"]), rel=0.1)
     speed = found["update_flops"] * sorted(ours["images_per_second"])[1] / (4 * 2)
     assert ours["flops_per_second"] == pytest.approx(speed)
     assert ours["utilisation"] == pytest.approx(speed / found["matrix_product_flops_per_second"])
