@@ -215,7 +215,9 @@ class _NormalizeOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        variance, mean = torch.var_mean(full_precision(x), (0, 2, 3), correction=0)
+        precise = full_precision(x)
+        mean = precise.mean((0, 2, 3))
+        variance = (precise - mean[:, None, None]).square_().mean((0, 2, 3))  # torch.var_mean takes five times as long
         here = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
         everywhere = [torch.empty_like(here) for _ in range(dist.get_world_size())]
         dist.all_gather(everywhere, here)
