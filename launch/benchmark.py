@@ -230,7 +230,8 @@ def _scaling(options: argparse.Namespace) -> int:
         return report(error)
     print(table(name, points))
     if options.plot and len(points) > 1:
-        plot(options.plot, name, f"{options.config.name} {' '.join(options.overrides)}", points)
+        batch = "" if name == "batch-size" else f", {options.batch_size} images of a process"
+        plot(options.plot, name, " ".join([options.config.name, *options.overrides]) + batch, points)
     if options.json:
         options.json.write_text(json.dumps([vars(point) for point in points], indent=1) + "\n")
     return 0

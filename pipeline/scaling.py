@@ -79,9 +79,10 @@ def plot(path: Path, name: str, title: str, points: Sequence[Point]) -> None:
     speed.errorbar(values, medians, yerr=spread, marker="o", capsize=3)
     memory.plot(values, [one["memory_peak_bytes"] / 1e9 for _, one in measured], marker="o")
     for axes, label in ((speed, "images/s"), (memory, "memory peak of rank 0, GB")):
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [f"{value}" for value in values])
-        axes.set(xlabel=name, ylabel=label, ylim=(0, None))
+        axes.set(xlabel=name, ylabel=label)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     plots.write_png(path, figure)
