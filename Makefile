@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Files of tests run side by side in so many processes: most tests wait for processes of their own.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 export PYTHONUNBUFFERED := 1
 
