@@ -23,7 +23,7 @@ from pipeline.batch import Batch
 from pipeline.config import Config
 from pipeline.gan import Gan
 from pipeline.host_memory import keep_freed_memory
-from pipeline.networks import build_discriminator, build_generator
+from pipeline.networks import build_shapes
 from pipeline.textbook import Textbook
 from pipeline.world import World, configure_determinism
 
@@ -269,8 +269,9 @@ def update_flops(config: Config) -> int:
     through a frozen discriminator. Element-wise work is not counted.
     """
     model, count = config.model, config.train.global_batch_size
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        generator, discriminator = build_generator(config), build_discriminator(config)
+    generator, discriminator = build_shapes(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        generator, discriminator = generator.to_empty(device="cpu"), discriminator.to_empty(device="cpu")
         z, labels = torch.empty(count, model.z_dim), torch.empty(count, dtype=torch.int64)
         both = torch.empty(2 * count, dtype=torch.int64)
         conditional = model.num_classes > 0
