@@ -191,8 +191,8 @@ def test_operations_are_counted_as_by_hand():
 def test_an_update_is_twice_as_fast_as_the_textbooks(tmp_path):
     """Full width, 128 px, batch 4: 2.4 with bf16 on a quiet machine, 1.4 in float32 (LOG.md); by CPU seconds here."""
     precision = digits.fastest_precision()[:1]
-    result = benchmark("train", "configs/imagenet128.yaml", "--batch-size", 4, "--baseline", "--updates", 1, "--repeats", 3,
-                       "--json", tmp_path / "found.json", *precision, timeout=800)  # fmt: skip
+    result = benchmark("train", "configs/imagenet128.yaml", "--batch-size", 4, "--baseline", "--updates", 1,
+                       "--repeats", 3, "--json", tmp_path / "found.json", *precision, timeout=800)  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     ours, baseline = (sorted(one["images_per_cpu_second"])[1] for one in found["settings"])
