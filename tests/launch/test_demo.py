@@ -41,6 +41,7 @@ def test_the_judge_knows_real_digits_from_one_image_per_class():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(2400)
 def test_the_recipe_learns_digits_and_keeps_their_variety(tmp_path):
     digits.write_folders(tmp_path / "images", 16)

@@ -29,6 +29,7 @@ NUM_KILLS = 20
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_killed_twenty_times_it_is_the_run_that_was_never_killed(start_job, run_dir, tiny_shards, capsys):
     """The last starts go through `accelerate launch`, the others through torch.distributed.run, which is up sooner."""
