@@ -187,6 +187,7 @@ def test_operations_are_counted_as_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_an_update_is_twice_as_fast_as_the_textbooks(tmp_path):
     """Full width, 128 px, batch 4: 2.4 with bf16 on a quiet machine, 1.4 in float32 (LOG.md); by CPU seconds here."""
