@@ -10,7 +10,7 @@ import pytest
 from pipeline import digits
 
 REPO = Path(__file__).resolve().parents[2]
-STEPS = 1400  # configs/demo.yaml has 1600; LOG.md has what each number of steps gives
+STEPS = 1800  # the demo stops at 1,600
 
 
 def test_digits_are_written_so_that_they_read_back_as_they_were(tmp_path):
@@ -56,7 +56,7 @@ def test_the_recipe_learns_digits_and_keeps_their_variety(tmp_path):
     samples, asked = digits.sample_run(tmp_path / "demo", 500)
     pixels, (real_pixels, real_labels) = digits.to_pixels(samples), digits.real_digits()
     classifier = digits.fit_classifier(real_pixels, real_labels)
-    assert digits.recognised_share(classifier, pixels, asked) >= 0.65
+    assert digits.recognised_share(classifier, pixels, asked) >= 0.9
     assert digits.variety_ratios(pixels, asked, real_pixels, real_labels).min() >= 0.5
     overall, _ = digits.nearest_neighbour_shares(pixels, asked, real_pixels)
     assert overall <= 0.2, "no real image is the nearest of more than a fifth of the samples"
