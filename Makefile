@@ -14,7 +14,7 @@ help:
 	@echo "make demo       shards, two-process training, evaluation and MLflow on handwritten digits, under 10 minutes"
 	@echo "make test       the fast tests, about ten minutes on 2 cores"
 	@echo "make test-all   the slow ones too"
-	@echo "make gpu        on a machine with a GPU: its tests, the benchmark tables, half an hour of CIFAR-10 (OUT=gpu)"
+	@echo "make gpu        on a machine with a GPU: its tests, the benchmark tables, a quarter of an hour of CIFAR-10 (OUT=gpu)"
 	@echo "make check      format, lint and types"
 	@echo "make ui         the MLflow page of the runs here"
 	@echo "make lock       requirements.lock anew from pyproject.toml"

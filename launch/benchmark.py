@@ -1,4 +1,4 @@
-"""Measures a training run: reading (`data SET`), updating (`train CONFIG`), and both sizes' cost (`scaling CONFIG`)."""
+"""Measures a training run: reading (`data SET`), updating (`train CONFIG`), updating as it grows (`scaling CONFIG`)."""
 
 import argparse
 import json
@@ -61,17 +61,22 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--no-webdataset", action="store_true", help="measure the loader alone")
     data.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     data.set_defaults(run=_data)
+    shared = argparse.ArgumentParser(add_help=False)  # by `train` and `scaling`
+    shared.add_argument("config", type=Path, metavar="CONFIG")
+    shared.add_argument("overrides", nargs="*", metavar="section.name=value")
+    shared.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: run.device of the configuration")
+    shared.add_argument("--updates", type=at_least(1), default=3, metavar="N", help="of a measurement; default 3")
+    shared.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each; default 5")
+    shared.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     train = commands.add_parser(
         "train",
+        parents=[shared],
         help="how fast a configuration trains",
         description="Does updates of a configuration on noise (or --real images) and prints images/s, what the time of "
         "an update goes to, memory and the share of a matrix product's speed. With --baseline or --compare, two "
         "settings take turns and the ratio of each pair counts, so that other work on the machine falls on both. "
         "Needs torch, PyYAML and pydantic only.",
     )
-    train.add_argument("config", type=Path, metavar="CONFIG")
-    train.add_argument("overrides", nargs="*", metavar="section.name=value")
-    train.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: run.device of the configuration")
     train.add_argument("--batch-size", type=at_least(1), metavar="N", help="images of an update over all processes")
     train.add_argument("--real", action="store_true", help="images of data.shards through the training's loader")
     other = train.add_mutually_exclusive_group()
@@ -81,19 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="beside it, the update as textbooks write it: float32, contiguous, torch's spectral norm",
     )
     other.add_argument("--compare", action="append", metavar="section.name=value", help="beside it, with this changed")
-    train.add_argument("--updates", type=at_least(1), default=3, metavar="N", help="of a measurement; default 3")
-    train.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each; default 5")
     train.add_argument("--trace", type=Path, metavar="FILE", help="write one update's trace for chrome://tracing")
-    train.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     train.set_defaults(run=_train)
     scaling = commands.add_parser(
         "scaling",
+        parents=[shared],
         help="what training costs as one thing grows",
         description="Runs `train` for one value after another, each in processes of its own, and prints a table: "
         "images/s, memory, share of a matrix product's speed. Ends early where the memory does not suffice.",
     )
-    scaling.add_argument("config", type=Path, metavar="CONFIG")
-    scaling.add_argument("overrides", nargs="*", metavar="section.name=value")
     scaling.add_argument(
         "--vary",
         type=_growing,
@@ -101,14 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NAME=N,N,...",
         help="batch-size (images of a process), processes, or a key such as model.resolution",
     )
-    scaling.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: run.device of the configuration")
     scaling.add_argument(
         "--batch-size", type=at_least(1), default=4, metavar="N", help="images of one process's update; default 4"
     )
-    scaling.add_argument("--updates", type=at_least(1), default=3, metavar="N", help="of a measurement; default 3")
-    scaling.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each; default 5")
     scaling.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s and memory, as PNG")
-    scaling.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file, too")
     scaling.set_defaults(run=_scaling)
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and options.run is _data):

@@ -271,6 +271,7 @@ def update_flops(config: Config) -> int:
     model, count = config.model, config.train.global_batch_size
     generator, discriminator = build_shapes(config)
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        # They now count as tensors of the CPU, still without memory: autocast and attention know no meta device.
         generator, discriminator = generator.to_empty(device="cpu"), discriminator.to_empty(device="cpu")
         z, labels = torch.empty(count, model.z_dim), torch.empty(count, dtype=torch.int64)
         both = torch.empty(2 * count, dtype=torch.int64)
@@ -301,17 +302,8 @@ def convolution_flops(device: torch.device, batch_size: int) -> float:
         x.grad = weight.grad = None
         F.conv2d(x, weight, padding=1).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
-    return (
-        3
-        * 2
-        * batch_size
-        * 32
-        * 32
-        * 256
-        * 256
-        * 9
-        / statistics.median(_seconds(there_and_back, device) for _ in range(5))
-    )
+    seconds = statistics.median(_seconds(there_and_back, device) for _ in range(5))
+    return 3 * 2 * batch_size * 32 * 32 * 256 * 256 * 9 / seconds
 
 
 def table(found: Found) -> str:

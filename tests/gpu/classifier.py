@@ -19,7 +19,7 @@ BATCH_SIZE, HELD_OUT = 500, 10  # every tenth image is for the test
 
 
 class Classifier(nn.Module):
-    """Six convolutions, three scales: 90 % of CIFAR-10 in a few epochs."""
+    """Six convolutions, three scales."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -61,9 +61,8 @@ def main(shards: str, out: str, device: str = "cuda", epochs: str = "10") -> Non
             print(f"update {number}/{updates}, loss {loss.item():.3f}", flush=True)
     print(f"{right / max(1, seen):.1%} of {seen} images that it was not fitted on are classified rightly -> {out}")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch advises torch.export; TorchScript files are what feature networks come as
+        # torch advises torch.export; TorchScript files are what published feature networks come as.
+        warnings.simplefilter("ignore", FutureWarning)
         torch.jit.script(network.eval().cpu()).save(out)
 
 
