@@ -19,9 +19,10 @@ examples:
                           --assume-world-size 512
 
 The run lives in run.dir/run.name: checkpoints, samples, journal.jsonl, config.yaml. The same command again resumes
-from its newest checkpoint. SIGTERM or SIGUSR1 to any rank saves a checkpoint and ends the run with exit status 0.
-The launcher passes SIGTERM on and kills what is left after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30); SIGUSR1 ends
-the launcher itself at once, unless it was started with `trap "" USR1`. Ranks without their launcher save and end.
+from its newest checkpoint; a second training there is refused while the first is alive. Ctrl-C, and SIGTERM or SIGUSR1
+to any rank, save a checkpoint and end the run with exit status 0; a second Ctrl-C ends it at once. The launcher passes
+SIGTERM on and kills what is left after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30); SIGUSR1 ends the launcher itself at
+once, unless it was started with `trap "" USR1`. Ranks without their launcher save and end.
 """
 
 
@@ -60,8 +61,10 @@ def main() -> int:
             trainer.train(config)
     except _user_errors() as error:
         return report(error)
+    except KeyboardInterrupt:
+        return report(InterruptedError("interrupted; the same command again goes on from the newest checkpoint"))
     # All is saved: a scheduler that asks once more must not turn success into failure while Python winds down.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     return 0
 
@@ -72,13 +75,14 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from pipeline.checkpoint import CheckpointError
     from pipeline.health import NonFiniteError
     from pipeline.journal import JournalError
+    from pipeline.locks import RunTakenError
     from pipeline.manifest import ShardSetError
     from pipeline.trainer import ReplicaError
     from pipeline.world import RanksDifferError, WorldSizeError
 
     return (
         ConfigError, WorldSizeError, RanksDifferError, CheckpointError, JournalError, NonFiniteError, ShardSetError,
-        ReplicaError,
+        ReplicaError, RunTakenError,
     )  # fmt: skip
 
 

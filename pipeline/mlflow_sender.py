@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.journal import PATHS, Journal, Record, read_records
+from pipeline.locks import exclusive
 
 T = TypeVar("T")
 
@@ -143,8 +144,10 @@ class Sender:
                 self._client.set_terminated(self._state.run_id, "FAILED")
 
     def deliver(self) -> int:
-        """Sends what the journals hold and returns the number of points sent."""
-        return sum(self._deliver(path) for path in journals(self._run_dir))
+        """Sends what the journals hold and returns the number of points sent; waits for other senders of the run."""
+        with exclusive(self._run_dir / "journals" / "sender.lock"):
+            self._state = self._find_state()  # another may have gone on from where this one was
+            return sum(self._deliver(path) for path in journals(self._run_dir))
 
     def _attempt(self) -> bool:
         """Delivers, and says so when that stops or starts to work."""

@@ -4,7 +4,6 @@ RUN/journal.jsonl holds every point, RUN/journals/ what is not the trainer's or 
 to MLflow in a process of its own, so that nothing here waits for a server or imports MLflow.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from pipeline.config import Config, TrackingConfig, flatten, to_dict
 from pipeline.journal import Journal, Record, read_records
+from pipeline.locks import exclusive
 from pipeline.mlflow_sender import Destination, count_unsent, remembered_store
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]  # done; stopped by a person or a scheduler; ended by an error
@@ -210,9 +210,7 @@ def record_evaluation(
     folder, journals = f"evaluation/step-{step:08d}", run_dir / "journals"
     name_of_step = f"evaluation-{step:08d}"
     name = name_of_step + (f"-{weights[:12]}" if weights else "")
-    journals.mkdir(parents=True, exist_ok=True)
-    with (journals / "evaluation.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a journal has one writer at a time; let go when the file is closed
+    with exclusive(journals / "evaluation.lock"):  # a journal has one writer at a time
         earlier = [path for path in journals.glob(f"{name_of_step}*.jsonl") if path.stem != name]
         with Journal(journals / f"{name}.jsonl") as journal:
             recorded = _recorded_metrics(journal.path)

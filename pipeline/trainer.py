@@ -5,6 +5,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from pipeline.gan import Gan
 from pipeline.health import NonFinite, NonFiniteError, non_finite_buffers
 from pipeline.host_memory import keep_freed_memory
 from pipeline.loader import Loader
+from pipeline.locks import RunTakenError, only_training
 from pipeline.manifest import ShardSet, open_shard_set
 from pipeline.noise import draw_z
 from pipeline.order import PLAN_VERSION
@@ -70,6 +72,7 @@ def train(config: Config) -> None:
     Raises:
         ConfigError: the configuration does not fit the data, the world or the run it resumes.
         CheckpointError: a checkpoint cannot be written, or the run directory is not shared.
+        RunTakenError: another training holds the run directory.
         NonFiniteError: training went non-finite and rolling back did not help, or is switched off.
         ReplicaError: two ranks' replicas differ.
     """
@@ -89,12 +92,13 @@ def train(config: Config) -> None:
             )
             if world.is_main:
                 print(describe(config, shard_set, world.size, str(world.device)), flush=True)
-            _check_shared_directory(config.run_dir, world)
-            start_up.lap("data set")
-            trainer = Trainer(config, world, shard_set)
-            start_up.lap("networks")
-            trainer.run(stop, watch, start_up)
-            world.shutdown()
+            with _only_training(config.run_dir, world, stop, watch):
+                _check_shared_directory(config.run_dir, world)
+                start_up.lap("data set")
+                trainer = Trainer(config, world, shard_set)
+                start_up.lap("networks")
+                trainer.run(stop, watch, start_up)
+                world.shutdown()
 
 
 class ReplicaError(RuntimeError):
@@ -460,11 +464,30 @@ def build_loader(config: Config, world: World, shard_set: ShardSet) -> Loader:
         raise ConfigError(str(error)) from error
 
 
+@contextmanager
+def _only_training(run_dir: Path, world: World, stop: StopRequest, watch: StallWatch) -> Iterator[None]:
+    """Rank 0 holds the run directory for all; where it stays taken, all end."""
+
+    def is_worth_waiting() -> bool:
+        watch.alive()
+        return not stop.requested()
+
+    with ExitStack() as held:
+        error = ""
+        if world.is_main:
+            try:
+                held.enter_context(only_training(run_dir, lambda text: print(text, flush=True), is_worth_waiting))
+            except RunTakenError as taken:
+                error = str(taken)
+        if error := world.broadcast(error):
+            raise RunTakenError(error)
+        yield
+
+
 def _check_shared_directory(run_dir: Path, world: World) -> None:
     """Finds a run directory that the nodes do not share, before step 0 and not at the first checkpoint."""
     token, path = world.broadcast(secrets.token_hex(8)), run_dir / ".token"
     if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(token)
     world.barrier()
     seen = path.read_text() if path.exists() else None

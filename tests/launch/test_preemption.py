@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 
 import pytest
 
@@ -85,3 +86,55 @@ def test_a_launcher_that_ignores_usr1_reports_success(start_job, run_dir):
         process.send_signal(signal.SIGUSR1)
     assert job.wait() == 0, job.log()
     stopped(job, run_dir, "SIGUSR1")
+
+
+# This very process may have been started to ignore Ctrl-C, which its children would inherit.
+HEARS_CTRL_C = ("env", "--default-signal=INT")
+
+
+def test_ctrl_c_reaches_all_processes_and_saves(start_job, run_dir):
+    """The terminal sends it to launcher, ranks and workers; the launcher sends it on to the ranks once more."""
+    job = start_job([], "data.num_workers=1", "tracking.enabled=true", before=HEARS_CTRL_C)
+    job.wait_for("step 3/")
+    for process in job.processes:
+        process.send_signal(signal.SIGINT)
+    job.wait()
+    stopped(job, run_dir, "SIGINT")
+    assert job.log().count("saving a checkpoint after this step, then ending; again: ending at once") == 1
+
+
+def test_a_second_ctrl_c_ends_at_once(start_job, run_dir):
+    faults = [{"rank": 0, "at": "step", "call": 3, "do": "sleep", "seconds": 100}]
+    job = start_job(faults, launcher="none", before=HEARS_CTRL_C)
+    job.wait_for("step 2/")
+    job.processes[0].send_signal(signal.SIGINT)
+    time.sleep(3.5)
+    job.processes[0].send_signal(signal.SIGINT)
+    assert job.wait(30) == 1
+    assert checkpoint.published(run_dir) == []
+    assert "error: interrupted; the same command again goes on from the newest checkpoint" in job.log()
+    assert "Traceback" not in job.log()
+
+
+def test_ctrl_c_passes_a_job_by_that_was_started_to_ignore_it(start_job, run_dir):
+    job = start_job([], launcher="none", before=("env", "--ignore-signal=INT"))
+    job.wait_for("step 3/")
+    job.processes[0].send_signal(signal.SIGINT)
+    time.sleep(1)
+    job.processes[0].send_signal(signal.SIGTERM)
+    assert job.wait() == 0
+    assert "stopped by SIGTERM" in job.log()
+    assert "Ctrl-C" not in job.log()
+
+
+def test_a_second_training_in_the_directory_waits_until_the_first_is_dead_and_goes_on(start_job, run_dir):
+    first = start_job([], "train.checkpoint_every_steps=5")
+    first.wait_for("step 6/")
+    second = start_job([], "train.steps=20")
+    second.wait_for("waiting for its end, 100 s at most")
+    rank_0 = first.ranks()[0].pid
+    assert f"{run_dir} is trained by process {rank_0} on " in second.log()
+    first.kill()
+    assert second.wait() == 0, second.log()
+    assert re.search(r"resumed from \S+/step-\d{8}", second.log())
+    assert second.log().count("is trained by process") == 1

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -764,6 +765,35 @@ def mlflow_server(database: Path, port: int):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_two_senders_of_one_run_keep_each_others_place(database, run_dir, monkeypatch):
+    """The training's sender noted its own place over the evaluation's, whose files were then sent again."""
+    config = make_config(run_dir)
+    train(config, [1])
+    ours = Sender(tracking._destination(config.tracking, run_dir))
+    ours.deliver()
+    result = run_dir / "result.json"
+    result.touch()
+    log_evaluation(config, run_dir, 1, {"eval/fid": 12.5}, [result])
+    train(config, [2])
+    monkeypatch.setattr(Sender, "_send_file", lambda *_: pytest.fail("a file that was sent is sent again"))
+    ours.deliver()
+    assert count_unsent(run_dir) == (0, 0)
+    assert stored_points(database) == sorted([("eval/fid", 1, 12.5), *expected_points([1, 2])])
+
+
+def test_two_senders_at_once_make_one_mlflow_run(database, run_dir, monkeypatch):
+    """A training and its first evaluation that both waited for the server come to it at the same moment."""
+    train(make_config(run_dir), [1])
+    senders = [Sender(tracking._destination(make_config(run_dir).tracking, run_dir)) for _ in range(2)]
+    for sender in senders:
+        make = sender._client.create_run
+        slow = lambda *arguments, make=make: (time.sleep(1), make(*arguments))[1]  # noqa: E731
+        monkeypatch.setattr(sender._client, "create_run", slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Sender.deliver, senders))
+    assert only_run(client_of(database)).info.run_name == run_dir.name
 
 
 @pytest.mark.slow

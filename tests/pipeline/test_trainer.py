@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import sagan
-from pipeline import checkpoint, results, snapshots
+from pipeline import checkpoint, locks, results, snapshots
 from pipeline.backend import Player
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config, ConfigError, load_config
@@ -121,6 +121,16 @@ def test_a_signal_saves_and_ends_and_the_same_command_goes_on(configure, monkeyp
     assert not (stopped.run_dir / "DONE").exists()
     train(stopped)
     assert_same(last_checkpoint(whole), last_checkpoint(stopped))
+
+
+def test_a_directory_in_which_another_training_is_at_work_is_refused_and_left_alone(configure, monkeypatch):
+    config = configure("train.steps=2")
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 0.0)
+    with locks.only_training(config.run_dir, print, lambda: True), pytest.raises(locks.RunTakenError):
+        train(config)
+    assert [path.name for path in config.run_dir.iterdir()] == ["training.lock"]
+    train(config)
+    assert (config.run_dir / "DONE").exists()
 
 
 def test_changed_hyperparameters_are_listed_and_refused_unless_accepted(configure):
