@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import at_least
-from launch.errors import report
+from launch.errors import report, run
 
 if TYPE_CHECKING:
     from pipeline.batch import Batch
@@ -281,4 +281,4 @@ def _real_batches(config: "Config", world: "World") -> "Iterator[Batch]":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,10 +1,9 @@
 """Scores a run: `accelerate launch --config_file configs/accelerate/one_machine.yaml launch/evaluate.py RUN_DIR`."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from launch.errors import report
+from launch.errors import report, run
 from pipeline.config import Config, ConfigError, load_config
 
 _EPILOG = """\
@@ -127,4 +126,4 @@ def _read_config(run_dir: Path, overrides: list[str]) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

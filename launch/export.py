@@ -1,10 +1,9 @@
 """Exports a run's averaged generator as a folder of its own: `python launch/export.py RUN_DIR OUT`."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from launch.errors import report
+from launch.errors import report, run
 
 _EPILOG = """\
 examples:
@@ -56,4 +55,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

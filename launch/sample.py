@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.arguments import at_least
-from launch.errors import report
+from launch.errors import report, run
 
 _TEXTS = {
     "grid": ("Samples.", "A row per class, each column with noise of its own; the same noise for every generator."),
@@ -163,4 +163,4 @@ def _point(text: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.arguments import at_least
+from launch.errors import run
 from pipeline import shards
 from pipeline.adopt import adopt
 from pipeline.foreign_shard import AdoptError, Reading
@@ -55,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}; what is finished stays, the same command goes on from there", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
     return 1
 
 
@@ -370,4 +368,4 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

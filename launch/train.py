@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from launch.errors import report
+from launch.errors import report, run
 from pipeline.config import ConfigError, load_config
 
 _EPILOG = """\
@@ -61,8 +61,6 @@ def main() -> int:
             trainer.train(config)
     except _user_errors() as error:
         return report(error)
-    except KeyboardInterrupt:
-        return report(InterruptedError("interrupted; the same command again goes on from the newest checkpoint"))
     # All is saved: a scheduler that asks once more must not turn success into failure while Python winds down.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -87,4 +85,4 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from launch import train as command
+from launch.errors import run
 from pipeline import checkpoint, sampling, trainer
 from pipeline.journal import Journal
 from pipeline.loader import Loader
@@ -140,4 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
