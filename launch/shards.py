@@ -168,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         "index",
         help="adopt WebDataset tars that others built",
         description="Makes manifest and index for WebDataset tars that others built (webdataset.ShardWriter, "
-        "img2dataset, ImageNet sets of the hub), so that they can be trained on: reads each tar once, changes none. "
+        "img2dataset, ImageNet sets of the hub), so that they can be trained on: reads each tar once, changes none; "
+        "run the same command again after an interruption: it goes on where it was. "
         "A sample is consecutive members of one name up to its first dot, with one .jpg, .jpeg, .png or .webp of any "
         "size. Its label is a number or a name, in .cls or in .json under label, cls or class_id; a set without any "
         "is unconditional. Other members are passed over and counted. The result does not depend on --workers.",

@@ -4,8 +4,10 @@ The tars stay as they are and where they are. Their images keep their sizes; rea
 """
 
 import hashlib
+import itertools
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from pipeline import images, object_store, publish, s3, s3_store, shards
 from pipeline.bar import Bar
 from pipeline.foreign_shard import AdoptError, ForeignShard, Found, Reading, in_words, read_shard
 from pipeline.ground_truth import read_classes
+from pipeline.kept_shards import KeptShards
 from pipeline.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -61,6 +64,8 @@ def adopt(
 ) -> AdoptReport:
     """Writes index and manifest of the tars at a location; the result does not depend on `workers`.
 
+    What was read of whole shards stays until the set is made, so that the same call goes on where one was interrupted.
+
     Args:
         location: directory, or s3://bucket/prefix, of the tars.
         output: where index and manifest go; None: beside the tars.
@@ -80,24 +85,17 @@ def adopt(
     classes = read_classes(class_file) if class_file else None
     names, others = _list(location)
     with ThreadPoolExecutor(16) as pool:
-        sizes = list(pool.map(lambda name: object_store.size(location, name), names))
+        files = list(pool.map(lambda name: object_store.size_and_version(location, name), names))
     output = location if output is None else output
     elsewhere = _from_output(location, output)
     if not object_store.is_remote(output):
         _check_writable(output)
-    there = _what_is_there(output, list(zip(names, sizes, strict=True)))
-    tasks = (ForeignShard(location, name, size, reading or Reading()) for name, size in zip(names, sizes, strict=True))
-    found: list[Found] = []
-    with (
-        Bar(sum(sizes), f"indexing {_source_path(location).name}", "B", in_bytes=True) as bar,
-        closing(run(read_shard, tasks, workers, bar)) as results,
-    ):
-        for one in results:
-            found.append(one)
-            _check_alike(found)
-            _check_skipped(found, max_skipped)
-        seconds = bar.format_dict["elapsed"]
-    found.sort(key=lambda one: one.record.shard.name)
+    tasks = [
+        ForeignShard(location, name, size, version, reading or Reading())
+        for name, (size, version) in zip(names, files, strict=True)
+    ]
+    there = _what_is_there(output, [(task.name, task.size) for task in tasks])
+    found, seconds = _read(tasks, KeptShards(output) if there is None else None, max_skipped, workers)
     label_of, class_names, titles = _labels(found, classes, class_file)
     records = [replace(one.record, sample_label=_ids(one, label_of)) for one in found]
     index = publish.index_of(records)
@@ -140,10 +138,38 @@ def adopt(
     if there is None:
         _write(output, INDEX_NAME, index.to_bytes())
         _write(output, MANIFEST_NAME, manifest.to_bytes())
+        KeptShards(output).remove()
     elif there != manifest:
         changes = [item.name for item in fields(Manifest) if getattr(there, item.name) != getattr(manifest, item.name)]
         raise _other_set(output, f"{', '.join(changes)} differ")
     return AdoptReport(open_shard_set(output), there is not None, others, seconds)
+
+
+def _read(
+    tasks: list[ForeignShard], kept: KeptShards | None, max_skipped: int, workers: int
+) -> tuple[list[Found], float]:
+    """What each shard holds, in order, and the seconds that took; a set that is there already is read anew.
+
+    Raises:
+        AdoptError: as `adopt`.
+    """
+    earlier = {task.name: one for task in tasks if kept and (one := kept.find(task))}
+    left = {task.name: task for task in tasks if task.name not in earlier}
+    if earlier:
+        print(f"{len(earlier):,} of {len(tasks):,} shard(s) were read by an earlier run", file=sys.stderr)
+    found: list[Found] = []
+    what, num_bytes = f"indexing {_source_path(tasks[0].location).name}", sum(task.size for task in left.values())
+    with (
+        Bar(num_bytes, what, "B", in_bytes=True) as bar,
+        closing(run(read_shard, iter(left.values()), workers, bar)) as results,
+    ):
+        for one in itertools.chain(earlier.values(), results):
+            if kept and one.record.shard.name in left:
+                kept.keep(left[one.record.shard.name], one)
+            found.append(one)
+            _check_alike(found)
+            _check_skipped(found, max_skipped)
+        return sorted(found, key=lambda one: one.record.shard.name), bar.format_dict["elapsed"]
 
 
 def _source_path(location: str) -> Path:

@@ -45,6 +45,7 @@ class ForeignShard:
     location: str
     name: str
     size: int  # bytes
+    version: str  # is another once the file was replaced
     reading: Reading
 
 

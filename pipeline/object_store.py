@@ -99,13 +99,19 @@ def exists(location: str, name: str) -> bool:
 
 def size(location: str, name: str) -> int:
     """Length of one file in bytes."""
+    return size_and_version(location, name)[0]
+
+
+def size_and_version(location: str, name: str) -> tuple[int, str]:
+    """Length of one file in bytes, and a text that is another once the file was replaced."""
     if is_remote(location):
         found = s3.find(location, name, ReadCounts())
         if found is None:
             raise FileNotFoundError(f"{join(location, name)}: not found; check the prefix, or upload the set again")
-        return found.size
+        return found.size, found.etag
     with _open(location, name) as file:
-        return os.fstat(file.fileno()).st_size
+        stat = os.fstat(file.fileno())
+        return stat.st_size, str(stat.st_mtime_ns)
 
 
 def list_names(location: str) -> list[str]:

@@ -36,6 +36,7 @@ class Found:
 
     size: int
     metadata: dict[str, str]  # keys in lower case
+    etag: str  # the store's name for these bytes; "" where it has none
 
 
 def read(location: str, name: str, start: int, stop: int | None, counts: ReadCounts) -> bytes:
@@ -65,14 +66,14 @@ def find(location: str, name: str, counts: ReadCounts) -> Found | None:
         except ClientError as error:
             code = error_code(error)
             if code == "InvalidRange":  # there is no byte 0, so no sha256 is worth asking for either
-                return Found(0, {})
+                return Found(0, {}, "")
             if code in ("NoSuchKey", "404"):
                 return None
             raise
         with answer["Body"] as body:
             _more_of(body, 1)
         metadata = {key.lower(): value for key, value in answer["Metadata"].items()}
-        return Found(_place(answer, where.address(name)).total, metadata)
+        return Found(_place(answer, where.address(name)).total, metadata, answer.get("ETag", ""))
 
     return _retried(ask, where, name, counts)
 

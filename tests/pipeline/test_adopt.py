@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -508,6 +509,54 @@ def test_an_interrupted_run_leaves_no_set(written, monkeypatch):
         open_shard_set(str(folder))
     monkeypatch.undo()
     assert not adopt(str(folder)).was_there
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors", ".tar", ".tar", ".tar"]
+
+
+@pytest.fixture
+def shards_read(monkeypatch) -> list[str]:
+    """Names of the shards whose bytes are read from now on."""
+    names = []
+
+    def noted(shard, advance):
+        names.append(shard.name)
+        return foreign_shard.read_shard(shard, advance)
+
+    monkeypatch.setattr("pipeline.adopt.read_shard", noted)
+    return names
+
+
+def test_an_interrupted_run_goes_on_after_the_shards_it_has_read(written, tmp_path, shards_read, capsys):
+    folder, _ = written
+    whole = adopt(str(folder), str(tmp_path / "whole"))
+    data = (folder / "00002.tar").read_bytes()
+    (folder / "00002.tar").write_bytes(data[:2000])
+    shards_read.clear()
+    with pytest.raises(TarError):
+        adopt(str(folder), str(tmp_path / "set"))
+    (folder / "00002.tar").write_bytes(data)
+    capsys.readouterr()
+    report = adopt(str(folder), str(tmp_path / "set"))
+    assert shards_read == ["00000.tar", "00001.tar", "00002.tar", "00002.tar"]
+    assert "2 of 3 shard(s) were read by an earlier run" in capsys.readouterr().err
+    assert report.shard_set.manifest == whole.shard_set.manifest
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["index.safetensors", "manifest.json"]
+
+
+@pytest.mark.parametrize("change", ["time of the tar", "reading", "half a record"])
+def test_what_an_interrupted_run_has_read_is_read_anew_if_it_may_differ(change, written, tmp_path, shards_read):
+    folder, _ = written
+    write_tar(folder / "00003.tar", [("a.jpg", image()), ("a.cls", b"")])
+    with pytest.raises(AdoptError):
+        adopt(str(folder))
+    (folder / "00003.tar").unlink()
+    shards_read.clear()
+    if change == "time of the tar":
+        os.utime(folder / "00001.tar", (0, 0))
+    elif change == "half a record":
+        record = next(path for path in (folder / ".indexing").iterdir() if b"00001.tar" in path.read_bytes())
+        os.truncate(record, record.stat().st_size // 2)
+    adopt(str(folder), reading=Reading(check_images=change == "reading"))
+    assert shards_read == (["00000.tar", "00001.tar", "00002.tar"] if change == "reading" else ["00001.tar"])
 
 
 def test_memory_is_bounded_by_blocks_not_shards(tmp_path, monkeypatch):
@@ -550,6 +599,9 @@ def test_tars_in_object_storage(written, tmp_path, s3_bucket, monkeypatch):
         return read(location, name, start, stop, counts)
 
     monkeypatch.setattr(object_store, "read_range", counted)
+    with pytest.raises(AdoptError, match=r"no \.png among"):
+        adopt(location, reading=Reading(image_key="png"))
+    asked.clear()  # read otherwise, so it does not count
     beside = adopt(location).shard_set
     assert sum(stop - start for _, start, stop in asked) == sum(shard.bytes for shard in local.manifest.shards)
     monkeypatch.undo()
