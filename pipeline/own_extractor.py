@@ -52,7 +52,7 @@ def _load_file(path: Path) -> tuple[nn.Module, bytes]:
         content = path.read_bytes()
         with warnings.catch_warnings():
             # torch advises torch.export; TorchScript files are what published feature networks come as.
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore")
             network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]  # torch leaves it untyped
     except (OSError, RuntimeError) as error:
         raise EvaluationError(f"evaluation.features={path} is no TorchScript file that can be read: {error}") from error

@@ -13,8 +13,9 @@ from pipeline.world import World, configure_determinism
 def compute_exactly(device: torch.device) -> None:
     """Turns off what trades digits or repeatability for speed: TF32, and the search for the fastest convolution."""
     configure_determinism(True, device)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # a property torch adds late
+    # By fp32_precision, torch's newer names, it could not be asked for them again as torch.onnx does.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def provenance_of(world: World) -> dict[str, Any]:

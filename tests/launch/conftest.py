@@ -101,17 +101,6 @@ def start_job(tmp_path, tiny_shards):
 
 
 @pytest.fixture(scope="session")
-def as_in_a_new_process():
-    """Function that takes back what an evaluation in this process set for good and torch.export stumbles over."""
-    import torch
-
-    def reset() -> None:
-        torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision
-
-    return reset
-
-
-@pytest.fixture(scope="session")
 def untrained_run(tiny_shards, tmp_path_factory) -> Path:
     """A run with a whole checkpoint at step 3, its networks untrained but for a gain of attention that shows."""
     import torch

@@ -41,7 +41,7 @@ assert not {{"numpy", "pydantic", "yaml", "PIL", "pipeline"}} & sys.modules.keys
 
 
 @pytest.fixture(scope="module")
-def exported(untrained_run, tmp_path_factory, as_in_a_new_process) -> Path:
+def exported(untrained_run, tmp_path_factory) -> Path:
     """An export of a conditional generator with all its parts."""
     run_dir = Path(shutil.copytree(untrained_run, tmp_path_factory.mktemp("run") / "tiny"))
     weights_sha256 = opened.open_generator(run_dir).weights_sha256
@@ -51,7 +51,6 @@ def exported(untrained_run, tmp_path_factory, as_in_a_new_process) -> Path:
         result = {"step": 3, "scores": {"fid_random": fid}, "not_official_because": ["random features"],
                   "protocol": protocol, "provenance": {"weights_sha256": sha256}}  # fmt: skip
         results.write(results.path_of(run_dir, "step-00000003", sha256, protocol), result)
-    as_in_a_new_process()
     out = tmp_path_factory.mktemp("exports") / "tiny"
     assert export.main([str(run_dir), str(out)]) == 0
     return out

@@ -46,9 +46,7 @@ def build(folder, destination, *options: str) -> int:
 
 
 @pytest.mark.slow
-def test_celeba64_trains_is_evaluated_sampled_and_exported(
-    folder, tmp_path, monkeypatch, repo_root, capsys, as_in_a_new_process
-):
+def test_celeba64_trains_is_evaluated_sampled_and_exported(folder, tmp_path, monkeypatch, repo_root, capsys):
     assert build(folder, tmp_path / "set", "--crop", "178") == 0
     assert "an unconditional set" in capsys.readouterr().out
     overrides = [f"run.dir={tmp_path}", f"data.shards={tmp_path / 'set'}", "data.num_workers=0", "run.device=cpu",
@@ -69,7 +67,6 @@ def test_celeba64_trains_is_evaluated_sampled_and_exported(
     assert sample.main([str(run_dir), "--columns", "2", "--features", "random", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "classes: left out" in said and "animation: left out" in said and said.count(".png") >= 5
-    as_in_a_new_process()
     assert export.main([str(run_dir), str(tmp_path / "export")]) == 0
     generator = sagan.load(tmp_path / "export")
     assert generator(torch.randn(2, generator.z_dim)).shape == (2, 3, 64, 64)
