@@ -214,6 +214,7 @@ def _scaling(options: argparse.Namespace) -> int:
 
     name, values = options.vary
     points: list[Point] = []
+    failure: Exception | None = None
     try:
         overrides = options.overrides + ([f"run.device={options.device}"] if options.device else [])
         device = load_config(options.config, overrides).run.device  # a mistyped key ends it here
@@ -224,14 +225,15 @@ def _scaling(options: argparse.Namespace) -> int:
             if points[-1].found is None:
                 break
     except (ConfigError, ChildProcessError) as error:
-        return report(error)
-    print(table(name, points))
+        failure = error  # what was measured before may have taken hours
+    if points:
+        print(table(name, points))
     if options.plot and len(points) > 1:
         batch = "" if name == "batch-size" else f", {options.batch_size} images of a process"
         plot(options.plot, name, " ".join([options.config.name, *options.overrides]) + batch, points)
     if options.json:
         options.json.write_text(json.dumps([vars(point) for point in points], indent=1) + "\n")
-    return 0
+    return report(failure) if failure else 0
 
 
 def _measured_apart(options: argparse.Namespace, name: str, value: int, use_cpu: bool) -> "dict[str, object] | None":
@@ -265,7 +267,7 @@ def _measured_apart(options: argparse.Namespace, name: str, value: int, use_cpu:
                 sys.stderr.write(line)
         if child.returncode == 0:
             return dict(json.loads(found.read_text()))
-    if child.returncode == -9 or any("out of memory" in line for line in said):
+    if child.returncode == -9 or any("out of memory" in line or "ALLOC_FAILED" in line for line in said):
         return None
     raise ChildProcessError(f"measuring {name}={value} ended with status {child.returncode}; its message is above")
 

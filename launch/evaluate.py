@@ -43,6 +43,7 @@ def main() -> int:
     from pipeline.journal import JournalError
     from pipeline.manifest import ShardSetError
     from pipeline.report import sync
+    from pipeline.results import ResultError
     from pipeline.world import WorldSizeError
 
     run_dir = arguments.run_dir
@@ -54,10 +55,10 @@ def main() -> int:
         if arguments.real:
             real.score_real(run_dir, config)
         elif arguments.sync:
-            sync(run_dir, config)
+            return sync(run_dir, config)
         else:
             return evaluation.evaluate(run_dir, config, arguments.checkpoint)
-    except (ConfigError, EvaluationError, ShardSetError, WorldSizeError, JournalError) as error:
+    except (ConfigError, EvaluationError, ShardSetError, WorldSizeError, JournalError, ResultError) as error:
         return report(error)
     return 0
 

@@ -58,12 +58,14 @@ def _draw(options: argparse.Namespace, command: list[str]) -> int:
     # Imported late, so that --help and a mistyped figure answer at once.
     import torch
 
-    from pipeline import contact_sheet, pictures, sampling
+    from pipeline import attention, contact_sheet, pictures, sampling
     from pipeline.opened import open_discriminator, open_generator
 
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
     if options.device != "auto":
         device = torch.device(options.device)
+    if len(options.points) > len(attention.COLOURS):
+        raise ValueError(f"--points takes {len(attention.COLOURS)} at most, one for each colour")
     opened = open_generator(options.where, options.checkpoint, options.weights, device)
     wish = pictures.Wish(
         pictures.choose_classes(opened, options.classes),

@@ -153,6 +153,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.metrics:
             raise ValueError("metrics must name at least one of inception_score, fid, kid, precision_recall, got []")
+        if self.intra_class_images == 1:
+            raise ValueError("intra_class_images must be 0, for none, or at least 2: a covariance needs two, got 1")
         own = self.features.endswith(".pt") or ":" in self.features
         if self.features not in ("inception", "random") and not own:
             raise ValueError(
@@ -339,6 +341,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    if section == "run" and name == "name":
+        value = text.strip("'\"")  # a name, though 2025, 2025-01-31 or no are other things in YAML
     node = values.setdefault(section, {})
     if not isinstance(node, dict):
         raise ConfigError(f"override {override!r}: {section} must be a section of keys, got {node!r} in the file")

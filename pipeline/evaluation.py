@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline import comparison, generated, intra_class, reference, results, scores, subject, truncation
 from pipeline.comparison import References
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.feature_pass import Seen, on_rank_0
 from pipeline.features import EvaluationError, Extractor, frechet_distance
 from pipeline.manifest import open_shard_set
@@ -90,7 +90,7 @@ class Evaluator:
         except UnreadableSubjectError as error:
             self._say(f"passed over: {error}")
             return "was removed" in str(error)
-        except EvaluationError as error:
+        except (EvaluationError, ConfigError) as error:
             self._say(f"error: {error}")
             return False
         return True
@@ -151,6 +151,8 @@ class Evaluator:
         ending, inception_ending, reasons = scores.score_names(self.extractor, evaluation, n, complete)
         found = scores.compare(seen, references.real, evaluation, (ending, inception_ending))
         for name, other in references.others.items() if "fid" in evaluation.metrics else ():
+            of_split = protocol[name]["complete"] if name == "validation" else complete
+            ending = scores.score_names(self.extractor, evaluation, n, of_split)[0]
             found[f"fid_{name}{ending}"] = frechet_distance(
                 seen.statistics.mu, seen.statistics.sigma, other.mu, other.sigma
             )
@@ -161,22 +163,23 @@ class Evaluator:
         """Adds what is asked for beside the scores, files beside the result; returns what could not be scored."""
         config, world, failures = self.config, self.world, []
         if config.evaluation.truncations:
-            points = truncation.score_truncations(generator, config, self.extractor, self.references.real, world)
+            complete = result["protocol"]["reference"]["complete"]
+            names = truncation.names(self.extractor, config.evaluation, complete)
+            points = truncation.score_truncations(generator, config, self.extractor, self.references.real, names, world)
             good = [point for point in points if "error" not in point]
             failures += [
                 f"truncation {point['truncation']:g}: {point['error']}" for point in points if "error" in point
             ]
-            ending = scores.score_names(self.extractor, config.evaluation, config.evaluation.num_images, True)[0]
             path = target.with_name(f"{target.stem}-truncation.png")
             if good:
-                on_rank_0(world, lambda: truncation.plot(path, good, result["step"], f"fid{ending}"))
+                on_rank_0(world, lambda: truncation.plot(path, good, result["step"]))
             result["truncation_curve"] = points
         if config.evaluation.intra_class_images:
             rows = reference.obtain_features(self.shard_set, self.extractor, config, world)
             classes = intra_class.score_classes(generator, config, self.shard_set, rows, self.extractor, world)
-            names = self.shard_set.manifest.class_names
-            path = target.with_name(f"{target.stem}-classes.csv")
-            on_rank_0(world, lambda: intra_class.write_table(path, classes, names))
+            class_names = self.shard_set.manifest.class_names
+            table = target.with_name(f"{target.stem}-classes.csv")
+            on_rank_0(world, lambda: intra_class.write_table(table, classes, class_names))
             if errors := [score.error for score in classes if score.error]:
                 failures.append(f"intra-class FID: {len(errors)} of {len(classes)} classes, the first: {errors[0]}")
             else:

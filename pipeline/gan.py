@@ -97,6 +97,8 @@ class Gan:
         return [Noise(*parts) for parts in zip(z_parts, labels_parts, strict=True)]
 
     def _this_ranks(self, rows: Tensor) -> list[Tensor]:
+        if self.world.device.type == "cuda":
+            rows = rows.pin_memory()  # else the copy waits for the device
         cut = rank_micro_batches(rows, self.config.train.accumulation_steps, self.world.rank, self.world.size)
         return [part.to(self.world.device, non_blocking=True) for part in cut]
 

@@ -49,28 +49,39 @@ def only_training(run_dir: Path, tell: Callable[[str], None], is_worth_waiting: 
         RunTakenError: it is still taken after 100 s, or when waiting is no longer worth it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "training.lock").open("a+") as file:
-        this, told, deadline = _this_training(), False, time.monotonic() + _WAIT_SECONDS
-        while not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            other = _read(file)
-            if _is_earlier_start(other, this):
-                break
-            where = f"process {other.get('process', '?')} on {other.get('host', '?')}"
-            where += f" (Slurm job {other['slurm_job']})" if other.get("slurm_job") else ""
-            if time.monotonic() > deadline or not is_worth_waiting():
-                raise RunTakenError(
-                    f"{run_dir} (run.dir, run.name) is trained by {where}; two trainings would overwrite each other's "
-                    "checkpoints. Wait for that one or stop it, or choose another run.name. If its machine is dead, "
-                    f"remove {file.name}"
-                )
-            if not told:
-                tell(f"{run_dir} is trained by {where}; waiting for its end, {_WAIT_SECONDS:.0f} s at most")
-                told = True
-            time.sleep(_POLL_SECONDS)
-        file.truncate(0)
-        file.write(json.dumps(this) + "\n")
+    with _take(run_dir, tell, is_worth_waiting) as file:
+        file.write(json.dumps(_this_training()) + "\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _take(run_dir: Path, tell: Callable[[str], None], is_worth_waiting: Callable[[], bool]) -> TextIO:
+    """Returns the open, locked and empty lock file."""
+    path, this = run_dir / "training.lock", _this_training()
+    told, deadline = False, time.monotonic() + _WAIT_SECONDS
+    while True:
+        file = path.open("a+")
+        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and _is_still(file, path):
+            file.truncate(0)
+            return file
+        other = _read(file)
+        file.close()
+        if _is_earlier_start(other, this):
+            path.unlink(missing_ok=True)  # its lock goes with it
+        elif time.monotonic() > deadline or not is_worth_waiting():
+            raise RunTakenError(
+                f"{run_dir} (run.dir, run.name) is trained by {_in_words(other)}; two trainings would overwrite each "
+                "other's checkpoints. Wait for that one or stop it, or choose another run.name. If its machine is "
+                f"dead, remove {path}"
+            )
+        elif not told:
+            tell(f"{run_dir} is trained by {_in_words(other)}; waiting for its end, {_WAIT_SECONDS:.0f} s at most")
+            told = True
+        else:
+            time.sleep(_POLL_SECONDS)
 
 
 def _this_training(environment: Mapping[str, str] = os.environ) -> _Training:
@@ -87,6 +98,19 @@ def _read(file: TextIO) -> _Training:
     file.seek(0)
     text = file.read()
     return dict(json.loads(text)) if text.endswith("\n") else {}
+
+
+def _in_words(training: _Training) -> str:
+    job = f" (Slurm job {training['slurm_job']})" if training.get("slurm_job") else ""
+    return f"process {training.get('process', '?')} on {training.get('host', '?')}{job}"
+
+
+def _is_still(file: TextIO, path: Path) -> bool:
+    """Returns whether an open file is the one of that path, which another may have removed or made anew."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_earlier_start(other: _Training, this: _Training) -> bool:

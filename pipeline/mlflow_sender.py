@@ -242,14 +242,17 @@ class Sender:
 
     def _send_model(self, run_id: str, path: Path, name: str, step: int) -> None:
         """Logs an exported generator as a pyfunc model and registers it, one version for each step of a run."""
+        if json.loads((path / "config.json").read_text())["provenance"]["step"] != step:
+            return _say(f"tracking: {path} of step {step} was replaced before it could be sent")
+        folder = f"model/step-{step:08d}"  # each version keeps its own files
         with tempfile.TemporaryDirectory() as directory:
             _save_pyfunc(path, Path(directory) / "model")
-            self._client.log_artifacts(run_id, str(Path(directory) / "model"), "model")
+            self._client.log_artifacts(run_id, str(Path(directory) / "model"), folder)
         if not self._client.search_registered_models(f"name = '{name}'"):
             self._client.create_registered_model(name)
         known = self._client.search_model_versions(f"name = '{name}'")
         if not any(one.run_id == run_id and one.tags.get("step") == str(step) for one in known):
-            source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/{folder}"
             self._client.create_model_version(name, source, run_id, tags={"step": str(step)})
 
     def _send_status(self, run_id: str, record: Record) -> None:
@@ -365,7 +368,7 @@ class _SystemSampler:
 def _read_state(run_dir: Path) -> _State | None:
     try:
         return _State(**json.loads((run_dir / "mlflow_run.json").read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # emptied by a power cut, say: the run is found again by its key
         return None
 
 

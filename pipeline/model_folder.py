@@ -37,6 +37,14 @@ def write_folder(
     return folded
 
 
+def finished_step(run_dir: Path) -> int | None:
+    """Returns the step of the generator in RUN/model; None when there is none."""
+    try:
+        return int(json.loads((run_dir / "model" / portable.CONFIG_NAME).read_text())["provenance"]["step"])
+    except FileNotFoundError:
+        return None
+
+
 def write_finished(network: nn.Module, config: Config, shard_set: ShardSet, step: int) -> Path:
     """Leaves a finished run's averaged generator in RUN/model, whole or not at all: weights and config.json.
 

@@ -41,8 +41,9 @@ class Opened:
 
     @property
     def run_dir(self) -> Path | None:
-        """The run it belongs to; None for an export."""
-        return self.path.parent.parent if self.config else None
+        """The run it lies in; None for an export, and for a checkpoint that was copied elsewhere."""
+        run_dir = self.path.parent.parent
+        return run_dir if self.config and (run_dir / "config.yaml").is_file() else None
 
     def title(self, label: int) -> str:
         """Returns what a person calls a class."""

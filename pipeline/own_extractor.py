@@ -2,15 +2,19 @@
 
 import hashlib
 import importlib
+import inspect
 import io
 import re
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from pipeline.features import EvaluationError, Extractor
+
+_TAKEN = r"\d+k?|raw|standing|batch_statistics|balanced|unofficial|random_features|validation|foreign_reference"
 
 
 def open_own(where: str, image_size: int, device: torch.device) -> Extractor:
@@ -31,6 +35,10 @@ def open_own(where: str, image_size: int, device: torch.device) -> Extractor:
     network, content = _load_file(Path(where)) if where.endswith(".pt") else _call(where)
     network = network.to(device).eval()
     name = re.sub(r"\W+", "_", Path(where).stem if where.endswith(".pt") else where).strip("_").lower()
+    if re.fullmatch(_TAKEN, name):
+        raise EvaluationError(
+            f"evaluation.features={where} would call its scores fid_{name}, which means something else; rename it"
+        )
     images = torch.arange(2 * 3 * image_size**2, device=device).reshape(2, 3, image_size, image_size).to(torch.uint8)
     try:
         features, logits = Extractor(name, "", "own", 0, network)(images)
@@ -60,10 +68,11 @@ def _load_file(path: Path) -> tuple[nn.Module, bytes]:
 
 
 def _call(where: str) -> tuple[nn.Module, bytes]:
-    """Returns what the function makes; its identity is its name and the values of its weights."""
+    """Returns what the function makes; its identity is its name, the values of its weights and its module's text."""
     module, _, function = where.partition(":")
     try:
-        network = getattr(importlib.import_module(module), function)()
+        imported = importlib.import_module(module)
+        network = getattr(imported, function)()
     except (ImportError, AttributeError) as error:
         raise EvaluationError(
             f"evaluation.features={where} cannot be imported ({error}); set PYTHONPATH to the folder it lies in"
@@ -72,4 +81,10 @@ def _call(where: str) -> tuple[nn.Module, bytes]:
         raise EvaluationError(f"evaluation.features={where} must return an nn.Module, got {type(network).__name__}")
     tensors = sorted(network.state_dict().items())
     weights = b"".join(name.encode() + tensor.detach().cpu().numpy().tobytes() for name, tensor in tensors)
-    return network, where.encode() + weights
+    return network, where.encode() + weights + _source(imported)
+
+
+def _source(module: ModuleType) -> bytes:
+    """Returns the text of a module, where there is one: what it does to images before the network is in there."""
+    path = inspect.getsourcefile(module)
+    return Path(path).read_bytes() if path else b""

@@ -236,7 +236,7 @@ def neighbours(opened: Opened, wish: Wish, features: str | None) -> Image.Image:
     shard_set = open_shard_set(config.data.shards)
     if shard_set.dataset_id != opened.dataset_id:
         raise PictureError(f"{config.data.shards} is another set than {opened.path} was trained on")
-    world = World(config.run.device)
+    world = World(next(opened.generator.parameters()).device.type)  # not run.device: this may be another machine
     extractor = comparison.open_extractor(config, world)
     real_features = reference.obtain_features(shard_set, extractor, config, world)
     rows = len(wish.classes) or GRID_ROWS

@@ -22,6 +22,10 @@ _SMALLEST_DISK_BYTES = 100_000_000
 T = TypeVar("T")
 
 
+class _WarningOnly(Exception):
+    """What may be otherwise where and when the evaluation runs, or does it no harm."""
+
+
 def check(run_dir: Path, config: Config, which: str) -> int:
     """Prints one line for each thing that was tried; changes nothing but a download of Inception's weights.
 
@@ -33,7 +37,8 @@ def check(run_dir: Path, config: Config, which: str) -> int:
     Returns:
         Exit status: 1 if an evaluation would fail. On other ranks than 0 always 0.
     """
-    world = World(config.run.device, config.run.expected_world_size)
+    # A login node need not have the GPU that the evaluation will.
+    world = World("auto" if config.run.device == "cuda" else config.run.device, config.run.expected_world_size)
     compute_exactly(world.device)
     num_faults = _check(run_dir, config, which, world) if world.is_main else 0
     world.shutdown()
@@ -100,8 +105,8 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
         ("classes", classes, evaluated.intra_class_images > 0),
         ("memory", lambda: _memory(config, found), True),
         ("disk", lambda: _disk(run_dir), True),
-        ("device", lambda: _device(world), True),
-        ("tracking", lambda: tracking.check_store(config, run_dir), config.tracking.enabled),
+        ("device", lambda: _device(world, config), True),
+        ("tracking", lambda: _tracking(config, run_dir), config.tracking.enabled),
     ]
     num_faults = 0
     for name, work, is_wanted in checks:
@@ -109,6 +114,8 @@ def _check(run_dir: Path, config: Config, which: str, world: World) -> int:
             continue
         try:
             text, verdict = work(), "ok"
+        except _WarningOnly as warning:
+            text, verdict = str(warning), "warn"
         except (ValueError, OSError) as error:
             text, verdict = str(error), "FAIL"
             num_faults += 1
@@ -132,8 +139,15 @@ def _memory(config: Config, found: dict[str, object]) -> str:
     needed = 2 * rows + 8 * 8 * extractor.num_features**2
     free = psutil.virtual_memory().available
     if needed > free:
-        raise EvaluationError(f"rank 0 needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free here")
+        raise _WarningOnly(f"rank 0 needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free here")
     return f"rank 0 needs about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free here"
+
+
+def _tracking(config: Config, run_dir: Path) -> str:
+    try:
+        return tracking.check_store(config, run_dir)
+    except OSError as error:
+        raise _WarningOnly(str(error)) from error
 
 
 def _disk(run_dir: Path) -> str:
@@ -143,7 +157,9 @@ def _disk(run_dir: Path) -> str:
     return f"{free / 1e9:.1f} GB free for {results.directory(run_dir)}"
 
 
-def _device(world: World) -> str:
+def _device(world: World, config: Config) -> str:
+    if config.run.device == "cuda" and world.device.type == "cpu":
+        raise _WarningOnly("run.device is cuda, but torch sees no CUDA device here: all was tried on the CPU")
     if world.device.type == "cuda":
         return f"{torch.cuda.get_device_name(world.device)}, {world.size} process(es), TF32 off"
     return f"cpu, {world.size} process(es), {torch.get_num_threads()} thread(s) each; Inception: 4 to 6 images/s a core"

@@ -7,6 +7,7 @@ from pipeline import results, subject, tracking
 from pipeline.config import Config
 from pipeline.mlflow_sender import count_unsent
 from pipeline.results import Result
+from pipeline.shard_file import PART
 from pipeline.world import World
 
 
@@ -20,13 +21,18 @@ def tell(run_dir: Path, config: Config, path: Path) -> str | None:
 
 def _for_tracking(result: Result, path: Path) -> dict[str, Any]:
     metrics = {f"eval/{name}": score for name, score in result.get("scores", {}).items()}
-    files, weights = [path, *sorted(path.parent.glob(f"{path.stem}-*"))], result["provenance"]["weights_sha256"]
+    beside = sorted(each for each in path.parent.glob(f"{path.stem}-*") if each.suffix != PART)
+    files, weights = [path, *beside], result["provenance"]["weights_sha256"]
     return {"step": result["step"], "metrics": metrics, "files": files, "weights": weights}
 
 
-def sync(run_dir: Path, config: Config) -> None:
-    """Tells MLflow of every result it has not been told of; called on every rank."""
-    world = World(config.run.device, config.run.expected_world_size)
+def sync(run_dir: Path, config: Config) -> int:
+    """Tells MLflow of every result it has not been told of; called on every rank.
+
+    Returns:
+        Exit status: 1 if something that should be could not be sent. On other ranks than 0 always 0.
+    """
+    world, num_left = World("cpu"), 0
     if world.is_main:
         found = {path: results.read(path) for path in sorted(results.directory(run_dir).glob("*/*.json"))}
         for path, result in found.items():
@@ -36,7 +42,9 @@ def sync(run_dir: Path, config: Config) -> None:
         tracking.send_unsent(config, run_dir)
         points, files = count_unsent(run_dir)
         print(f"{len(found)} results of {run_dir}; {points} points and {files} files are not sent yet")
+        num_left = points + files
     world.shutdown()
+    return int(config.tracking.enabled and num_left > 0)
 
 
 def describe(result: Result, path: Path) -> str:

@@ -17,6 +17,10 @@ from pipeline.shard_file import create_file
 Result = dict[str, Any]
 
 
+class ResultError(ValueError):
+    """A result file that is damaged; the message names it and the way out."""
+
+
 def directory(run_dir: Path) -> Path:
     """Where a run's results lie."""
     return run_dir / "evaluations"
@@ -49,14 +53,14 @@ def read(path: Path) -> Result:
     """Reads a result.
 
     Raises:
-        ValueError: the file is damaged.
+        ResultError: the file is damaged.
     """
     try:
         result = json.loads(path.read_text())
         if not isinstance(result["step"], int) or not ("scores" in result or "error" in result):
             raise ValueError("it has neither step nor scores")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result file ({error}); remove it, and the evaluation is made again") from None
+        raise ResultError(f"{path} is no result file ({error}); remove it, and the evaluation is made again") from None
     return dict(result)
 
 
@@ -92,7 +96,7 @@ def best_step(run_dir: Path, paths: Iterable[Path]) -> int | None:
         The step; None without results.
 
     Raises:
-        ValueError: a result file is damaged.
+        ResultError: a result file is damaged.
     """
     found, groups = list(paths), defaultdict[str, dict[int, tuple[float, int]]](dict)
     for result in map(read, published(run_dir)):

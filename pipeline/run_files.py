@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Config, to_yaml
 from pipeline.manifest import ShardSet
+from pipeline.shard_file import write_file
 
 
 def write(config: Config, shard_set: ShardSet) -> list[Path]:
@@ -20,7 +21,7 @@ def write(config: Config, shard_set: ShardSet) -> list[Path]:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     paths = [config.run_dir / name for name in contents]
     for path in paths:
-        path.write_bytes(contents[path.name])
+        write_file(path, contents[path.name])  # whole at any time: an evaluation may be reading them
     return paths
 
 

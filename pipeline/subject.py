@@ -130,9 +130,10 @@ def read(path: Path, config: Config, shard_set: ShardSet) -> Subject:
         raise UnreadableSubjectError(f"{path} was removed before it could be scored ({error.filename})") from error
     except (KeyError, json.JSONDecodeError) as error:
         raise UnreadableSubjectError(f"{path} is damaged ({error}); score another step") from error
-    if changed := changed_hyperparameters(state["config"], config):
+    # What else was changed on the way (run.accept_changes) says nothing of how samples are made.
+    if changed := [line for line in changed_hyperparameters(state["config"], config) if line.startswith("model.")]:
         lines = "\n".join(f"  {line}" for line in changed)
-        raise ConfigError(f"{path} was made with another configuration than the run's config.yaml says:\n{lines}")
+        raise ConfigError(f"{path} holds another network than the run's config.yaml says:\n{lines}")
     if shard_set.dataset_id != state["dataset_id"]:
         raise ConfigError(
             f"data.shards={config.data.shards} is data set {shard_set.dataset_id[:12]}, but {path} was trained on "

@@ -121,7 +121,8 @@ class RunTracker:
         self._run_dir = config.run_dir
         self._points = Journal(self._run_dir / "journal.jsonl")
         self._files = Journal(self._run_dir / "journals" / "files-samples.jsonl")
-        self._model_name = f"{config.tracking.experiment}-{config.run.name}"
+        # MLflow has experiments with `/` in their names, but no models.
+        self._model_name = re.sub("[/:]", "-", f"{config.tracking.experiment}-{config.run.name}")
         self._points.append(_start_record(config, facts, self._points.starts))
         if slurm := _slurm_tags():
             _say("slurm: " + ", ".join(f"{name.removeprefix('slurm.')} {text}" for name, text in slurm.items()))

@@ -259,6 +259,8 @@ def synthetic(config: Config, world: World) -> Iterator[Batch]:
         flip=torch.zeros(rows, dtype=torch.bool),
         number=0,
     )
+    if world.device.type == "cuda":
+        batch = batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
     while True:
         yield batch
 

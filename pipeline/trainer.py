@@ -27,6 +27,7 @@ from pipeline.noise import draw_z
 from pipeline.order import PLAN_VERSION
 from pipeline.progress import Meter, Progress, data_metrics
 from pipeline.read_counts import ReadCounts
+from pipeline.shard_file import write_file
 from pipeline.stall import StallWatch
 from pipeline.start_up import StartUp
 from pipeline.stop import StopRequest
@@ -141,8 +142,7 @@ class Trainer:
         self.progress.advance(self.step)
         if self.step >= self.config.train.steps:
             self.progress.say(f"step {self.step} of {self.config.train.steps} is done; raise train.steps to go on")
-            if self.world.is_main:
-                send_unsent(self.config, self.config.run_dir)
+            self._finish_what_was_interrupted()
             return
         self.tracker = open_tracker(self.config, self._facts(), self.world.is_main)
         status: Status = "FAILED"
@@ -159,6 +159,24 @@ class Trainer:
             self.progress.close()
             watch.alive()  # closing may take a minute by itself
             self.tracker.close(status)
+
+    def _finish_what_was_interrupted(self) -> None:
+        """Does what comes after the last checkpoint, if a kill came in between, and sends what is unsent."""
+        is_whole = self.world.is_main and (
+            (self.config.run_dir / "DONE").exists() and model_folder.finished_step(self.config.run_dir) == self.step
+        )
+        if self.world.broadcast(is_whole):
+            if self.world.is_main:
+                send_unsent(self.config, self.config.run_dir)
+            return
+        self.tracker = open_tracker(self.config, self._facts(), self.world.is_main)
+        self._note_done()
+        self._export()
+        self.tracker.close("FINISHED")
+
+    def _note_done(self) -> None:
+        if self.world.is_main:
+            write_file(self.config.run_dir / "DONE", f"{self.step}\n".encode())
 
     def _run_until_trouble(self, stop: StopRequest, watch: StallWatch, start_up: StartUp) -> bool:
         """Trains to the end or a requested stop and returns True, or returns False when it went non-finite."""
@@ -187,8 +205,7 @@ class Trainer:
             if stopping and self.step < train.steps:
                 self._report_stop(stop)
                 return True
-        if self.world.is_main:
-            (self.config.run_dir / "DONE").write_text(f"{self.step}\n")
+        self._note_done()
         self.progress.say(f"done: {self.step} steps, {self.config.run_dir}")
         return True
 
@@ -269,7 +286,7 @@ class Trainer:
         """Returns the step of the best FID if an evaluation has told; a damaged result file stops no training."""
         try:
             return results.best_step(self.config.run_dir, checkpoint.published(self.config.run_dir))
-        except ValueError as error:
+        except results.ResultError as error:
             self.progress.say(f"the best checkpoint is not known: {error}")
             return None
 
@@ -394,6 +411,11 @@ class Trainer:
         self.tracker.log_note(reached, f"rollback.{rollbacks + 1}", text)
 
     def _compare_replicas(self, networks: dict[str, dict[str, Tensor]]) -> None:
+        if not self.config.model.sync_batch_norm:  # the running statistics are then each rank's own
+            networks = {
+                network: {name: tensor for name, tensor in tensors.items() if ".running_" not in name}
+                for network, tensors in networks.items()
+            }
         all_digests = self.world.gather(checkpoint.digests(networks) if self.world.size > 1 else {})
         for rank, digests in enumerate(all_digests):
             if names := [name for name, digest in digests.items() if digest != all_digests[0][name]]:

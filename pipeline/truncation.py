@@ -7,24 +7,36 @@ from typing import Any
 from torch import nn
 
 from pipeline import plots
-from pipeline.config import Config
+from pipeline.config import Config, EvaluationConfig
 from pipeline.feature_pass import Seen, Statistics, on_rank_0
 from pipeline.features import IS_SPLITS, Extractor, frechet_distance, inception_score
 from pipeline.generated import UnusableSamplesError, make_samples
+from pipeline.scores import score_names
 from pipeline.world import World
 
-Point = dict[str, Any]  # truncation with fid and inception_score_mean (None without logits), or with error
+Point = dict[str, Any]  # truncation with FID and Inception Score by `names` (None without logits), or with error
+
+
+def names(extractor: Extractor, evaluation: EvaluationConfig, reference_is_complete: bool) -> tuple[str, str]:
+    """Returns what FID and Inception Score of a point may be called, see `scores.score_names`."""
+    found = score_names(extractor, evaluation, evaluation.num_images, reference_is_complete)
+    return f"fid{found[0]}", f"inception_score_mean{found[1]}"
 
 
 def score_truncations(
-    generator: nn.Module, config: Config, extractor: Extractor, real: Statistics, world: World
+    generator: nn.Module,
+    config: Config,
+    extractor: Extractor,
+    real: Statistics,
+    names: tuple[str, str],
+    world: World,
 ) -> list[Point]:
     """Scores `evaluation.num_images` samples at each threshold, or says why not; called on every rank."""
 
     def point(seen: Seen) -> Point:
         fid = frechet_distance(seen.statistics.mu, seen.statistics.sigma, real.mu, real.sigma)
         score = None if seen.logits is None else inception_score(seen.logits, IS_SPLITS)[0]
-        return {"fid": fid, "inception_score_mean": score}
+        return dict(zip(names, (fid, score), strict=True))
 
     points: list[Point] = []
     for threshold in config.evaluation.truncations:
@@ -37,14 +49,15 @@ def score_truncations(
     return points
 
 
-def plot(path: Path, points: list[Point], step: int, fid_name: str) -> None:
+def plot(path: Path, points: list[Point], step: int) -> None:
     """Draws FID against the Inception Score, each point with its threshold, as PNG; FID by threshold without scores."""
     figure = plots.new_figure(6, 4.5)
     axes = figure.subplots()
-    has_scores = all(point["inception_score_mean"] is not None for point in points)
-    key = "inception_score_mean" if has_scores else "truncation"
+    _, fid_name, score_name = points[0]
+    has_scores = all(point[score_name] is not None for point in points)
+    key = score_name if has_scores else "truncation"
     rows = sorted(points, key=lambda point: float(point["truncation"]))
-    xs, ys = [row[key] for row in rows], [row["fid"] for row in rows]
+    xs, ys = [row[key] for row in rows], [row[fid_name] for row in rows]
     axes.plot(xs, ys, marker="o")
     for x, y, row in zip(xs, ys, rows, strict=True):
         axes.annotate(f"{row['truncation']:g}", (x, y), xytext=(4, 4), textcoords="offset points")

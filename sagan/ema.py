@@ -44,7 +44,8 @@ class Ema:
         """
         share = 1.0 if step < self.start_step else 1 - self.decay
         keep = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device) if skip is None else skip
+        weight = torch.where(keep, 0.0, share)
         for average, parameter in zip(self.module.parameters(), model.parameters(), strict=True):
-            average.lerp_(parameter, torch.where(keep, 0.0, share).to(average.dtype))
+            average.lerp_(parameter, weight.to(average.dtype))
         for buffer, new in zip(self.module.buffers(), model.buffers(), strict=True):
             buffer.copy_(torch.where(keep, buffer, new))  # what is skipped may be NaN, which no weight of 0 undoes

@@ -16,12 +16,12 @@ check_number() {
 
 # Where `accelerate` and `python` come from: SETUP, a container, else the checkout's .venv, else what was active at sbatch.
 prepare() {
+    if [ -z "${CONTAINER:-}" ] && [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
     if [ -n "${SETUP:-}" ]; then
         set +u  # conda and modules read variables that are not set
         # shellcheck disable=SC1090  # the user's file
         . "$SETUP" || fail "SETUP=$SETUP failed on ${SLURMD_NODENAME:-$(hostname)}"
     fi
-    if [ -z "${CONTAINER:-}" ] && [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 }
 

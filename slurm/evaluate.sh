@@ -34,10 +34,14 @@ if ! in_job; then
     if [ -f "$RUN_DIR/config.yaml" ] || [[ ${SBATCH_FLAGS:-} != *--dependency* ]]; then  # else it has still to begin
         checked=()
         while [ $# -gt 0 ]; do  # --check goes without what else could be done
-            case $1 in --watch | --real | --sync) ;; --until-step) shift ;; *) checked+=("$1") ;; esac; shift
+            case $1 in
+            --watch | --real | --sync | --until-step=*) ;;
+            --until-step) [ $# -gt 1 ] || fail "--until-step needs a number"; shift ;;
+            *) checked+=("$1") ;;
+            esac
+            shift
         done
-        # This machine need not have the GPU that the run's configuration asks for.
-        ! can_check || (prepare; python launch/evaluate.py "$RUN_DIR" --check "${checked[@]}" run.device=cpu) >&2 || exit 1
+        ! can_check || (prepare; python launch/evaluate.py "$RUN_DIR" --check "${checked[@]}") >&2 || exit 1
     fi
     [ -z "$check_only" ] || exit 0
     submit slurm/evaluate.sh "$RUN_DIR" "${given[@]}"
@@ -66,20 +70,29 @@ until [ -f "$RUN_DIR/config.yaml" ]; do
     ! is_over || fail "job $WATCH_JOB has left the queue, and $RUN_DIR holds no config.yaml: it did not begin to train"
     nap
 done
-score --watch "$@" &
-step=$!
-while kill -0 $step 2>/dev/null && ! is_over; do nap; done
-steps=$(steps_of "$RUN_DIR/config.yaml") finished=$(cat "$RUN_DIR/DONE" 2>/dev/null || echo 0)
-check_number train.steps "$steps" 1
-if kill -0 $step 2>/dev/null && [ "$finished" -lt "$steps" ]; then
+is_unfinished() {
+    local steps finished
+    steps=$(steps_of "$RUN_DIR/config.yaml") finished=$(cat "$RUN_DIR/DONE" 2>/dev/null || echo 0)
+    check_number train.steps "$steps" 1
+    [ "$finished" -lt "$steps" ]
+}
+watch() { score --watch "$@" & step=$! num_steps=$((num_steps + 1)); }
+
+step="" num_steps=0
+until is_over; do
+    if [ -n "$step" ] && ! kill -0 "$step" 2>/dev/null; then wait "$step"; step=""; fi
+    # A watch ends with the steps of config.yaml. The job may be about to extend a run that was finished before.
+    if [ -z "$step" ] && is_unfinished; then watch "$@"; fi
+    nap
+done
+if is_unfinished; then
     # No more snapshots will come, so the watch would not end.
-    scancel --quiet "$SLURM_JOB_ID.0"
-    wait $step || true
+    [ -z "$step" ] || { scancel --quiet "$SLURM_JOB_ID.$((num_steps - 1))"; wait "$step" || true; }
     find_newest "$RUN_DIR/snapshots"
     [ "$newest" -gt 0 ] || fail "job $WATCH_JOB has left the queue before the first snapshot (evaluation.every_steps); slurm/evaluate.sh $RUN_DIR scores a checkpoint"
-    say "job $WATCH_JOB has left the queue before step $steps; its last snapshot is of step $newest"
-    score --watch --until-step "$newest" "$@" &
-    step=$!
+    say "job $WATCH_JOB has left the queue before the last step; its last snapshot is of step $newest"
+    watch --until-step "$newest" "$@"
 fi
-wait $step
+[ -n "$step" ] || watch "$@"
+wait "$step"
 say "job $WATCH_JOB is over, all snapshots are scored"

@@ -77,6 +77,11 @@ trap on_usr1 USR1; trap 'hit=1 term=1' TERM
 export RUN_DIR ACCELERATE_CONFIG start="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export processes=$((SLURM_NNODES * ${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}))
 arguments+=("run.expected_world_size=$processes")
+holder=$(sed -n 's/.*"slurm_job": "\([0-9]*\)".*/\1/p' "$RUN_DIR/training.lock" 2>/dev/null)  # while it trains
+if [ "${holder:-$SLURM_JOB_ID}" != "$SLURM_JOB_ID" ] && ! flock --nonblock "$RUN_DIR/training.lock" true; then
+    [ "$(squeue --noheader --format=%T --jobs="$holder" 2>/dev/null)" != RUNNING ] ||
+        fail "RUN_DIR=$RUN_DIR is trained by job $holder, which runs; sbatch --dependency=afterany:$holder waits for its end, or choose another RUN_DIR"
+fi
 { mkdir -p "$RUN_DIR/logs" && echo "$start" >"$RUN_DIR/logs/.start"; } || fail "RUN_DIR=$RUN_DIR cannot be written"
 say "$SLURM_JOB_NODELIST, $processes processes, $RUN_DIR; logs: $RUN_DIR/logs/$SLURM_JOB_ID-node*.log"
 on_nodes -- check_node "${arguments[@]}" || {
@@ -93,7 +98,7 @@ say "from step $before to $steps"
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-export address port=$((20000 + SLURM_JOB_ID % 10000))
+export address=${address:-$first} port=$((20000 + SLURM_JOB_ID % 10000))
 rc=0
 if [ "$usr1$term" = 00 ]; then
     # One rank's failure ends all at once. Longer than SlurmdTimeout (mostly 300 s), so that a dead node is Slurm's to notice.
@@ -119,6 +124,10 @@ if scontrol show job "$SLURM_JOB_ID" | grep JobState=PENDING >/dev/null; then sa
 if [ "$usr1" = 1 ]; then
     [ "$newest" -gt "$before" ] && requeue "time limit or preemption, checkpoint $newest"
     requeue_if_few "time limit or preemption without a new checkpoint"
+fi
+# Without SlurmctldParameters=preempt_send_user_signal a preemption with a GraceTime is SIGTERM to the ranks alone.
+if [[ $(scontrol show job "$SLURM_JOB_ID") =~ \ StartTime=([^ ]*).*\ PreemptTime=([0-9][^ $'\n']*) && ${BASH_REMATCH[2]} > ${BASH_REMATCH[1]} ]]; then
+    requeue "preempted at ${BASH_REMATCH[2]}, checkpoint $newest"
 fi
 [ "$rc" != 0 ] || fail "stopped at step $newest by a signal to its processes; the same command goes on"
 # What the trainer said since this start: its own message, or how the log ends.

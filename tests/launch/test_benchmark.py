@@ -113,7 +113,7 @@ def test_training_is_measured_with_torch_yaml_and_pydantic_alone(tmp_path):
     command = [sys.executable, "-c", LIGHT, "train", "tiny.yaml", "--baseline", "--updates", "2", "--repeats", "3",
                "--json", "found.json", "--trace", "trace.json", "train.num_d_steps=2"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     ours, baseline = found["settings"]
@@ -159,6 +159,17 @@ def test_cost_is_told_as_batches_grow_until_memory_ends(tmp_path):
     assert rows[3][1].startswith(f"{(first + second) / 2:.4g} ({first:.4g} - {second:.4g})")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size == (1080, 432)
+
+
+def test_what_was_measured_before_a_failure_is_shown(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = benchmark("scaling", tmp_path / "tiny.yaml", "--vary", "model.resolution=16,24", "--updates", 1,
+                       "--repeats", 1, "--json", tmp_path / "found.json")  # fmt: skip
+    assert result.returncode == 1
+    assert "error: measuring model.resolution=24 ended with status 1" in result.stderr
+    assert "| 16 | " in result.stdout
+    [point] = json.loads((tmp_path / "found.json").read_text())
+    assert point["value"] == 16
 
 
 @pytest.mark.parametrize(

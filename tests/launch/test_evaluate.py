@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -34,7 +35,7 @@ from pipeline import (
     watch,
 )
 from pipeline.checkpoint import TrainerState
-from pipeline.config import config_from_dict, to_dict, to_yaml
+from pipeline.config import config_from_dict, load_config, to_dict, to_yaml
 from pipeline.manifest import open_shard_set
 from pipeline.networks import build_generator
 
@@ -189,6 +190,31 @@ def test_a_config_that_was_edited_after_training_is_refused(run_dir, monkeypatch
     path = run_dir / "config.yaml"
     path.write_text(path.read_text().replace("batch_norm_eps: 1.0e-05", "batch_norm_eps: 1.0e-04"))
     assert "model.batch_norm_eps: 1e-05 -> 0.0001" in fails(monkeypatch, capsys, run_dir, *SMOKE)
+
+
+def test_a_step_from_before_an_accepted_change_can_be_scored(run_dir, monkeypatch):
+    path = run_dir / "config.yaml"
+    assert "lr_g: 0.0001" in path.read_text()
+    path.write_text(path.read_text().replace("lr_g: 0.0001", "lr_g: 0.0002"))
+    assert launch(monkeypatch, run_dir, *SMOKE) == 0
+
+
+def test_a_step_that_does_not_fit_ends_neither_all_nor_a_watch(run_dir, monkeypatch, capsys):
+    old = load_config(run_dir / "config.yaml")
+    save_checkpoint(run_dir, replace(old, model=replace(old.model, batch_norm_eps=1e-4)), 6)
+    save_checkpoint(run_dir, old, 9)
+    assert launch(monkeypatch, run_dir, *SMOKE, "--checkpoint", "all") == 1
+    assert "model.batch_norm_eps: 0.0001 -> 1e-05" in capsys.readouterr().err
+    assert [results.read(path)["step"] for path in results.published(run_dir)] == [3, 9]
+
+
+@pytest.mark.parametrize("what", [["--sync"], ["--checkpoint", "best"], []])
+def test_a_damaged_result_is_named_with_the_way_out(run_dir, what, monkeypatch, capsys):
+    assert launch(monkeypatch, run_dir, *SMOKE) == 0
+    [path] = results.published(run_dir)
+    path.write_text("{")
+    assert launch(monkeypatch, run_dir, *SMOKE, *what) == 1
+    assert f"error: {path} is no result file" in capsys.readouterr().err
 
 
 def other_set(tiny_shards: Path, destination: Path, size: int) -> Path:
@@ -438,6 +464,9 @@ def test_after_an_outage_sync_tells_each_result_once_at_its_step(run_of_snapshot
 def test_the_truncation_curve_has_a_table_and_a_plot(run_dir, monkeypatch, capsys):
     assert launch(monkeypatch, run_dir, *SMOKE, "evaluation.truncations=[0.5,2.0]") == 0
     curve = result_of(run_dir)["truncation_curve"]
+    assert [list(point) for point in curve] == 2 * [
+        ["truncation", "fid_random_features", "inception_score_mean_random_features"]
+    ]
     assert [point["truncation"] for point in curve] == [0.5, 2.0]
     assert all(np.isfinite(list(point.values())).all() for point in curve)
     [plot] = (run_dir / "evaluations").rglob("*-truncation.png")
@@ -544,6 +573,16 @@ def test_check_says_what_is_ready_and_changes_nothing(run_dir, monkeypatch, caps
         assert f"ok   {name}: " in out
     assert out.endswith("ready\n")
     assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_check_on_a_machine_without_the_gpu_and_the_server_warns(run_dir, monkeypatch, capsys):
+    away = ["tracking.enabled=true", "tracking.uri=http://127.0.0.1:9"]
+    assert launch(monkeypatch, run_dir, "--check", *SMOKE, "run.device=cuda", *away) == 0
+    out = capsys.readouterr().out
+    assert "warn device: run.device is cuda, but torch sees no CUDA device here" in out
+    assert "warn tracking: http://127.0.0.1:9 (tracking.uri) does not answer" in out
+    assert out.endswith("ready\n")
 
 
 def test_check_names_every_fault_at_once(run_dir, tmp_path, monkeypatch, capsys):

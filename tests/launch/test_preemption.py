@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_ends_at_once(start_job, run_dir):
     job = start_job(faults, launcher="none", before=HEARS_CTRL_C)
     job.wait_for("step 2/")
     job.processes[0].send_signal(signal.SIGINT)
-    time.sleep(3.5)
+    time.sleep(6)
     job.processes[0].send_signal(signal.SIGINT)
     assert job.wait(30) == 130
     assert checkpoint.published(run_dir) == []
@@ -138,3 +138,12 @@ def test_a_second_training_in_the_directory_waits_until_the_first_is_dead_and_go
     assert second.wait() == 0, second.log()
     assert re.search(r"resumed from \S+/step-\d{8}", second.log())
     assert second.log().count("is trained by process") == 1
+
+
+@pytest.mark.slow
+def test_batch_norm_of_each_ranks_own_can_be_saved_and_resumed(start_job, run_dir):
+    overrides = ["model.sync_batch_norm=false", "train.checkpoint_every_steps=2"]
+    assert start_job([], *overrides, "train.steps=2").wait() == 0
+    job = start_job([], *overrides, "train.steps=4")
+    assert job.wait() == 0, job.log()
+    assert "resumed from" in job.log() and checkpoint.step_of(checkpoint.newest(run_dir)[0]) == 4

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,8 +128,23 @@ def test_a_training_image_is_its_own_nearest_neighbour(found, monkeypatch):
     monkeypatch.setattr(pictures, "_images", lambda *arguments: real)
     shown = []
     monkeypatch.setattr(pictures, "_read", lambda shards, near, config: shown.extend(near) or real.repeat(5, 1, 1, 1))
-    pictures.neighbours(found, pictures.Wish((0, 1, 2)), "random")
+    config = replace(found.config, run=replace(found.config.run, device="cuda"))  # as slurm's script has it
+    pictures.neighbours(replace(found, config=config), pictures.Wish((0, 1, 2)), "random")
     assert shown[::5] == numbers
+
+
+def test_more_points_than_there_are_colours_are_one_clear_line(run_dir, tmp_path, capsys):
+    points = ["0.1,0.1"] * 6
+    assert sample.main([str(run_dir), "attention", "--points", *points, "--out", str(tmp_path)]) == 1
+    assert "error: --points takes 5 at most" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_copied_elsewhere_is_drawn_where_one_is(run_dir, tmp_path, monkeypatch, capsys):
+    [path] = (run_dir / "checkpoints").iterdir()
+    copy = shutil.copytree(path, tmp_path / "far" / path.name)
+    monkeypatch.chdir(tmp_path)
+    assert sample.main([str(copy), "grid", "--columns", "2"]) == 0
+    assert (tmp_path / "pictures" / "step-00000003" / "grid.png").exists()
 
 
 def test_help_teaches(repo_root):

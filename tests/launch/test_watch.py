@@ -6,8 +6,10 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -73,6 +75,13 @@ def evaluator(run_dir: Path, repo_root: Path, *arguments: str, launcher: tuple[s
     )
 
 
+def wait_until(is_so: Callable[[], object], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 def assert_each_step_once(run_dir: Path, steps: list[int]) -> None:
     assert [results.read(path)["step"] for path in results.published(run_dir)] == steps
     for step in steps:
@@ -97,11 +106,25 @@ def test_two_processes_watch_a_training_of_two(config_file, tiny_shards, tmp_pat
         assert training.poll() is None
         time.sleep(0.2)
     watcher = evaluator(run_dir, repo_root, "--watch", launcher=TWO_PROCESSES)
+    # So small a training would be over before the evaluator has imported PyTorch: it stands still for a while.
+    children = psutil.Process(training.pid).children(recursive=True)
+    ranks = [child for child in children if "launch/train.py" in child.cmdline()]
+    assert len(ranks) == 2
+    wait_until(lambda: snapshots.published(run_dir))
+    for rank in ranks:
+        rank.suspend()
+    assert not (run_dir / "DONE").exists()
+    wait_until(lambda: results.published(run_dir))
+    for rank in ranks:
+        rank.resume()
     assert training.wait(400) == 0
     _, errors = watcher.communicate(timeout=400)
     assert watcher.returncode == 0, errors
     assert_each_step_once(run_dir, [10, 20, 30, 40])
     assert {results.read(path)["provenance"]["world_size"] for path in results.published(run_dir)} == {2}
+    sync = evaluator(run_dir, repo_root, "--sync")  # what a busy machine did not send within its minute
+    _, errors = sync.communicate(timeout=300)
+    assert sync.returncode == 0, errors
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")

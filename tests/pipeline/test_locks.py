@@ -65,6 +65,12 @@ def test_a_killed_training_leaves_nothing_to_wait_for(tmp_path, holder):
     assert take(tmp_path) == []
 
 
+def test_a_training_that_ended_holds_nothing_by_name(tmp_path):
+    with only_training(tmp_path, print, lambda: True):
+        assert json.loads((tmp_path / "training.lock").read_text())["host"]
+    assert (tmp_path / "training.lock").read_text() == ""
+
+
 def test_the_way_out_that_the_message_names(tmp_path, holder):
     (tmp_path / "training.lock").unlink()
     assert take(tmp_path) == []
@@ -88,7 +94,9 @@ def test_an_earlier_start_of_the_same_slurm_job_is_gone(earlier, now, waited_for
         with pytest.raises(RunTakenError, match="is trained by process 1 on dead"):
             take(tmp_path)
     else:
-        assert take(tmp_path) == []
+        with only_training(tmp_path, print, lambda: True), pytest.raises(RunTakenError, match="Slurm job 7"):
+            monkeypatch.setenv("SLURM_JOB_ID", "8")
+            take(tmp_path)  # what it went past is its own now
 
 
 def test_without_locks_in_the_file_system_nothing_waits(tmp_path, holder, monkeypatch):

@@ -76,3 +76,19 @@ def test_a_file_that_is_no_torchscript(tmp_path, content):
         (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(EvaluationError, match="is no TorchScript file"):
         open_own(str(tmp_path / "x.pt"), 16, CPU)
+
+
+def test_another_text_of_the_module_is_another_extractor(module, tmp_path):
+    """What it does to images is part of what it is, not only its weights."""
+    before = open_own(f"{module}:good", 16, CPU)
+    (tmp_path / "our_features.py").write_text(MODULE.replace("images.float()", "(images.float() / 255)"))
+    sys.modules.pop(module)
+    assert open_own(f"{module}:good", 16, CPU).sha256 != before.sha256
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's, of torch.jit.script
+@pytest.mark.parametrize("name", ["10k", "validation", "unofficial"])
+def test_a_name_that_means_something_else_in_scores_is_refused(tmp_path, name):
+    torch.jit.script(Pool()).save(str(tmp_path / f"{name}.pt"))
+    with pytest.raises(EvaluationError, match=f"would call its scores fid_{name}, which means something else; rename"):
+        open_own(str(tmp_path / f"{name}.pt"), 16, CPU)

@@ -207,9 +207,10 @@ def test_a_broken_read_goes_on_at_the_byte(store, fault_proxy, quick, fault):
     assert object_store.read_range(through, "x.bin", 10, 2_900_000, counts) == DATA[10:2_900_000]
     firsts = [int(wanted.removeprefix("bytes=").split("-")[0]) for _, wanted in proxy.requests]
     assert firsts == sorted(firsts) and firsts[0] == 10
-    assert (counts.requests, counts.retries) == (3, 2)
+    more = counts.retries - 2  # a machine that is busy elsewhere for a second is a stall as well
+    assert counts.requests == 3 + more and (more == 0 or (fault == "stall" and more > 0))
     if fault != "reset":  # a reset throws away what lies in the buffers of the connection
-        assert counts.resumed_reads == 2 and len(set(firsts)) == 3
+        assert 2 <= counts.resumed_reads <= 2 + more and 3 <= len(set(firsts)) <= 3 + more
         assert 1_000_000 - s3.CHUNK_BYTES - 1000 < firsts[1] <= 1_000_000
     assert counts.bytes_fetched == 2_899_990  # what had come did not come again
 

@@ -335,25 +335,25 @@ def test_the_command_names_the_launcher_that_there_is(facts, launcher, repo_root
     assert all((repo_root / path).exists() for path in re.findall(r"configs/\S+", line))
 
 
-def export_generator(run_dir: Path, num_classes: int):
+def export_generator(run_dir: Path, num_classes: int, step: int = 3):
     """A generator with seeded weights and the folder that training would leave of it."""
     import torch
 
     from pipeline.model_folder import write_folder
     from sagan import Generator
 
-    torch.manual_seed(0)
+    torch.manual_seed(step)
     arguments = {"resolution": 16, "channels": 8, "num_classes": num_classes, "z_dim": 12, "attention_resolution": 8}
     generator = Generator(**arguments).eval().requires_grad_(False)
-    (run_dir / "model").mkdir(parents=True)
-    write_folder(generator, arguments, {"provenance": {"step": 3}}, run_dir / "model", "resnet")
+    (run_dir / "model").mkdir(parents=True, exist_ok=True)
+    write_folder(generator, arguments, {"provenance": {"step": step}}, run_dir / "model", "resnet")
     return generator
 
 
-def log_model(config, run_dir: Path) -> None:
+def log_model(config, run_dir: Path, step: int = 3) -> None:
     """A training that leaves a model, told twice, as after a lost answer."""
     tracker = open_tracker(off(config), FACTS, is_main=True)
-    tracker.log_model(3, run_dir / "model")
+    tracker.log_model(step, run_dir / "model")
     tracker.close("FINISHED")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's own, of its imports and of pandas; the sender runs with -W ignore
@@ -401,6 +401,25 @@ def test_a_finished_run_is_a_registered_model_once(database, run_dir):
     (version,) = client.search_model_versions("name = 'sagan-run1'")
     assert version.run_id == only_run(client).info.run_id and version.tags == {"step": "3"}
     assert_model_makes_these_images("models:/sagan-run1/1", database, generator)
+
+
+def test_an_extended_run_has_a_version_for_each_end(database, run_dir, capfd):
+    """The second one's files took the place of the first one's."""
+    first = export_generator(run_dir, num_classes=3)
+    log_model(make_config(run_dir), run_dir)
+    second = export_generator(run_dir, num_classes=3, step=6)
+    log_model(make_config(run_dir), run_dir, step=6)
+    assert "of step 3 was replaced before it could be sent" in capfd.readouterr().err  # when all was sent once more
+    versions = client_of(database).search_model_versions("name = 'sagan-run1'")
+    assert {int(version.version): version.tags["step"] for version in versions} == {1: "3", 2: "6"}
+    assert_model_makes_these_images("models:/sagan-run1/1", database, first)
+    assert_model_makes_these_images("models:/sagan-run1/2", database, second)
+
+
+def test_a_model_of_an_experiment_with_a_path_for_a_name(database, run_dir):
+    export_generator(run_dir, num_classes=3)
+    log_model(make_config(run_dir, experiment="/Users/me/sagan: faces"), run_dir)
+    assert len(client_of(database).search_model_versions("name = '-Users-me-sagan- faces-run1'")) == 1
 
 
 @pytest.mark.s3

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from importlib.metadata import version
@@ -98,6 +99,23 @@ def test_a_finished_run_says_so_and_an_extended_one_goes_on(configure, capsys):
     assert "step 2 of 2 is done; raise train.steps to go on" in capsys.readouterr().err
     train(configure("train.steps=4"))
     assert last_checkpoint(configure()).state.step == 4
+
+
+@pytest.mark.parametrize("lost", ["DONE", "model"])
+def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done_by_the_same_command(configure, lost):
+    config = configure("train.steps=2")
+    train(config)
+    weights = (config.run_dir / "model" / "model.safetensors").read_bytes()
+    (config.run_dir / "DONE").unlink()
+    if lost == "model":
+        shutil.rmtree(config.run_dir / "model")
+    train(config)
+    assert (config.run_dir / "DONE").read_text() == "2\n"
+    assert (config.run_dir / "model" / "model.safetensors").read_bytes() == weights
+    records, _ = read_records(config.run_dir / "journal.jsonl")
+    assert [record["status"] for record in records if "status" in record] == ["RUNNING", "FINISHED"] * 2
+    train(config)
+    assert len(read_records(config.run_dir / "journal.jsonl")[0]) == len(records), "and once only"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

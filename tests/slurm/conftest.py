@@ -66,7 +66,7 @@ class Cluster:
         """Runs a command in the checkout, as on a login node."""
         return subprocess.run(
             [str(word) for word in command], cwd=REPO, env=self.environment | environment,
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     def ask(self, *command: object, **environment: str) -> str:

@@ -11,17 +11,17 @@ def scored_steps(run_dir) -> set[int]:
 
 def test_an_evaluation_watches_a_training_and_ends_when_that_does(cluster, start):
     """The training is on one node and would not end by itself; the evaluation is on the other."""
-    overrides = ("train.steps=1000000", "evaluation.every_steps=200", "train.checkpoint_every_steps=1000")
+    overrides = ("train.steps=1000000", "evaluation.every_steps=1000", "train.checkpoint_every_steps=1000")
     train, run_dir = start("watched", ("--nodes=1",), overrides)
     watch = cluster.sbatch("slurm/evaluate.sh", run_dir, WATCH_JOB=train)  # before there is anything to see
-    cluster.wait_until(lambda: 200 in scored_steps(run_dir), 240, watch)
+    cluster.wait_until(lambda: 1000 in scored_steps(run_dir), 240, watch)
     assert (cluster.state(train), cluster.state(watch)) == ("RUNNING", "RUNNING")
     cluster.ask("scancel", "--batch", "--signal=USR1", watch)  # as Slurm does near the time limit
     cluster.wait_for_restart(watch, 1)
     assert "requeued: time limit or preemption; what is scored stays" in cluster.log(watch)
     cluster.ask("scancel", train)
     assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
-    assert "has left the queue before step 1000000; its last snapshot is of step" in cluster.log(watch)
+    assert "has left the queue before the last step; its last snapshot is of step" in cluster.log(watch)
     snapshots = {int(path.name.removeprefix("step-")) for path in run_dir.glob("snapshots/step-*")}
     assert scored_steps(run_dir) == snapshots
 
