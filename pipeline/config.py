@@ -99,7 +99,8 @@ class TrainConfig:
     global_batch_size: PositiveInt  # images of one update, over all processes and accumulation steps
     accumulation_steps: PositiveInt = 1  # micro-batches of one update; part of the result, whatever the world size
     num_d_steps: PositiveInt = 1  # discriminator updates per generator update
-    precision: Literal["float32", "bf16", "float64"] = "float32"  # bf16: autocast with float32 islands
+    # bf16: autocast with float32 islands. float32 on a GPU with TF32: convolutions use it, as PyTorch does by default.
+    precision: Literal["float32", "bf16", "float64"] = "float32"
     channels_last: bool = True
     compile: bool = False  # torch.compile: the first step takes minutes, the others less
     log_every_steps: PositiveInt = 50

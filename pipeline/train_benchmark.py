@@ -189,6 +189,7 @@ def measure(
             "processes": world.size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "tf32_convolutions": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
             "global_batch_size": first.train.global_batch_size,
             "updates": updates,
         },

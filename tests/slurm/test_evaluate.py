@@ -1,5 +1,8 @@
 """`slurm/evaluate.sh`: beside a training, and after it."""
 
+import shutil
+import time
+
 import pytest
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
@@ -39,3 +42,19 @@ def test_a_run_is_scored_after_its_end(cluster, undisturbed):
 def test_a_run_that_is_not_there_is_told_before_anything_is_queued(cluster, tmp_path):
     done = cluster.command("slurm/evaluate.sh", tmp_path / "run")
     assert done.returncode == 1 and f"error: {tmp_path}/run is no run: it holds no config.yaml" in done.stderr
+
+
+def test_a_watch_of_a_finished_run_stays_as_long_as_its_job(cluster, undisturbed, tmp_path):
+    """The job may be about to extend the run: until it has begun, DONE and config.yaml tell of the end before."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed[1], run_dir)
+    shutil.rmtree(run_dir / "evaluations", ignore_errors=True)
+    job = cluster.sbatch("--nodes=1", "--wrap=sleep 600")
+    cluster.wait_for(job, "RUNNING")
+    watch = cluster.sbatch("slurm/evaluate.sh", run_dir, "tracking.enabled=false", WATCH_JOB=job)
+    cluster.wait_for(watch, "RUNNING")
+    time.sleep(30)
+    assert cluster.state(watch) == "RUNNING" and scored_steps(run_dir) == set()
+    cluster.ask("scancel", job)
+    assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
+    assert scored_steps(run_dir) == {90}

@@ -56,7 +56,8 @@ def test_two_nodes_train_to_the_end_from_s3_and_tell_mlflow(cluster, undisturbed
     assert run.info.status == "FINISHED"
     assert steps == list(range(5, STEPS + 1, 5))
     tags = run.data.tags
-    assert (tags["world_size"], tags["hostnames"]) == ("2", "node1 node2")
+    assert tags["world_size"] == "2"
+    assert len(tags["hostnames"].split()) == (2 if cluster.has_namespaces else 1)
     assert (tags["slurm.job_id"], tags["slurm.nodes"], tags["slurm.restarts"]) == (job, "node[1-2]", "0")
     assert f"slurm: job_id {job}, nodes node[1-2], restarts 0" in node_log(run_dir, job)
     for node in (0, 1):
