@@ -42,6 +42,7 @@ on_nodes() {
     # shellcheck disable=SC2016  # for the nodes' shells
     srun --export=ALL --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${flags[@]}" bash -c '
         trap "" USR1
+        trap "[ \$? = 0 ] || sleep 1" EXIT  # what was said must arrive before --kill-on-bad-exit cuts the line
         cd "$0" 2>/dev/null && . slurm/common.sh || {
             echo "error: node $SLURMD_NODENAME does not see the checkout $0; put it where all nodes do" >&2; exit 1; }
         prepare; "$@"' "$PWD" "$@"

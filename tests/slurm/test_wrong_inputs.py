@@ -1,6 +1,5 @@
 """Jobs that cannot work end within seconds, with one clear line in their own log."""
 
-import json
 import time
 
 import pytest
@@ -19,7 +18,10 @@ def refused(cluster, tiny_shards, tmp_path):
         job = cluster.sbatch(*flags, SCRIPT, *arguments, **places | environment)
         cluster.wait_for(job, "RUNNING", "FAILED")
         started = time.monotonic()
-        assert cluster.wait_for_end(job, 120) == "FAILED", cluster.tell(job)
+        try:
+            assert cluster.wait_for_end(job, 120) == "FAILED", cluster.tell(job)
+        finally:
+            cluster.ask("scancel", job)
         assert time.monotonic() - started < 90  # seconds on a machine of its own
         return [line for line in cluster.log(job).splitlines() if line.startswith("error: ")]
 
@@ -32,12 +34,12 @@ def test_a_missing_configuration(refused):
 
 
 def test_a_run_directory_in_which_another_job_trains(refused, cluster, tmp_path):
-    other = cluster.sbatch("--nodes=1", "--wrap=sleep 600")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training.lock").write_text(
-        json.dumps({"host": "node1", "process": 1, "slurm_job": other, "slurm_restarts": 0}) + "\n"
-    )
-    cluster.wait_for(other, "RUNNING")
+    """The other one stands in for a training: it holds the lock, and a file in it names the job."""
+    lock = tmp_path / "run" / "training.lock"
+    lock.parent.mkdir()
+    write = f"""echo '{{"slurm_job": "'$SLURM_JOB_ID'"}}' >{lock}"""
+    other = cluster.sbatch("--nodes=1", f"--wrap={write}; flock {lock} sleep 600")
+    cluster.wait_until(lambda: lock.exists() and lock.read_text(), 60, other)
     try:
         (line,) = refused("configs/demo.yaml", *SMALL, flags=("--nodes=1",))
     finally:
