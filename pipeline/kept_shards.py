@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +25,7 @@ class KeptShards:
     def __init__(self, output: str):
         if object_store.is_remote(output):
             name = hashlib.sha256(output.encode()).hexdigest()[:16]
-            self._directory = Path(tempfile.gettempdir(), f"sagan-indexing-{os.getuid()}", name)
+            self._directory = Path.home() / ".cache" / "sagan-at-scale" / "indexing" / name
         else:
             self._directory = Path(output, ".indexing")
 
@@ -40,7 +38,7 @@ class KeptShards:
 
     def keep(self, shard: ForeignShard, found: Found) -> None:
         """Writes what was found in a shard."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         write_file(self._path(shard), _FOUND.dump_json(found))
 
     def remove(self) -> None:

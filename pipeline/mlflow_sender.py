@@ -242,8 +242,9 @@ class Sender:
 
     def _send_model(self, run_id: str, path: Path, name: str, step: int) -> None:
         """Logs an exported generator as a pyfunc model and registers it, one version for each step of a run."""
-        if json.loads((path / "config.json").read_text())["provenance"]["step"] != step:
-            return _say(f"tracking: {path} of step {step} was replaced before it could be sent")
+        about = path / "config.json"
+        if not about.exists() or json.loads(about.read_text())["provenance"]["step"] != step:
+            return _say(f"tracking: {path} of step {step} was removed or replaced before it could be sent")
         folder = f"model/step-{step:08d}"  # each version keeps its own files
         with tempfile.TemporaryDirectory() as directory:
             _save_pyfunc(path, Path(directory) / "model")

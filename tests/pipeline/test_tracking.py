@@ -409,7 +409,7 @@ def test_an_extended_run_has_a_version_for_each_end(database, run_dir, capfd):
     log_model(make_config(run_dir), run_dir)
     second = export_generator(run_dir, num_classes=3, step=6)
     log_model(make_config(run_dir), run_dir, step=6)
-    assert "of step 3 was replaced before it could be sent" in capfd.readouterr().err  # when all was sent once more
+    assert "of step 3 was removed or replaced before it" in capfd.readouterr().err  # when all was sent once more
     versions = client_of(database).search_model_versions("name = 'sagan-run1'")
     assert {int(version.version): version.tags["step"] for version in versions} == {1: "3", 2: "6"}
     assert_model_makes_these_images("models:/sagan-run1/1", database, first)
