@@ -32,6 +32,13 @@ def test_overrides_replace_values_in_yaml_syntax(tmp_path):
     assert (config.train.steps, config.optimizer.lr_g, config.optimizer.betas) == (20, 1e-3, (0.5, 0.9))
 
 
+@pytest.mark.parametrize("name", ["2025", "2025-01-31", "no", "1e3", "'quoted'"])
+def test_a_run_may_be_called_what_yaml_takes_for_something_else(tmp_path, name):
+    config = load_config(write(tmp_path, MINIMAL), [f"run.name={name}"])
+    assert config.run.name == name.strip("'")
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
 def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
     text = mistakes(
         tmp_path, MINIMAL + "optimizer: {lr_gg: 1.0e-4, lr_d: -1.0}\nemma: {decay: 0.9}\n",
@@ -63,6 +70,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
         (MINIMAL, ["run.seed=null"], "valid integer, got None"),
         (MINIMAL, ["model.attention_resolution=64"], "one of [8, 16] at resolution 32, got 64"),
         (MINIMAL, ["train.accumulation_steps=3"], "divisible by accumulation_steps, got 8 and 3"),
+        (MINIMAL, ["evaluation.intra_class_images=1"], "must be 0, for none, or at least 2"),
         (MINIMAL, ["ema.decay=1.0"], "ema.decay: input should be less than 1, got 1.0"),
         (MINIMAL, ["optimizer.lr_g=.inf"], "optimizer.lr_g"),
     ],
