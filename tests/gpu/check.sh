@@ -5,6 +5,7 @@
 #   DEVICE=cuda             cpu, to try this script itself, without the gpu tests and the compiled table
 #   BATCH_SIZES=64,128,256  of the benchmark, REPEATS=5 of each; BENCHMARK_OVERRIDES: section.name=value ...
 #   EPOCHS=10               of the classifier that scores the samples
+#   PARTS="table baseline"  some of them; unset: all
 #   TRAIN_SECONDS=900       of CIFAR-10, a third of it before a stop; TRAIN_OVERRIDES: section.name=value ...
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,9 +16,15 @@ if [ "$DEVICE" = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cu
     echo "error: torch sees no CUDA device here; DEVICE=cpu tries this script without one"; exit 1
 fi
 if [ ! -f "$DATA/cifar10_train.tar" ]; then echo "error: no $DATA/cifar10_train.tar; set DATA to its folder"; exit 1; fi
+known="tests table compiled baseline shards classifier first resumed scores grid"
+for name in ${PARTS:-}; do
+    if [[ " $known " != *" $name "* ]]; then echo "error: PARTS: $name is none of: $known"; exit 1; fi
+done
 mkdir -p "$OUT"; failed=()
+is_wanted() { [[ -z ${PARTS:-} || " $PARTS " == *" $1 "* ]]; }
 part() {  # NAME COMMAND...: told, logged, and remembered if it fails
     local name=$1; shift
+    is_wanted "$name" || return 0
     printf '\n== %s: %s\n' "$name" "$*"
     "$@" 2>&1 | tee "$OUT/$name.log" || failed+=("$name")
 }
@@ -39,7 +46,7 @@ part shards python launch/shards.py build --source "$DATA/cifar10_train.tar" --d
 part classifier python tests/gpu/classifier.py "$OUT/cifar10" "$OUT/classifier.pt" "$DEVICE" "$EPOCHS"
 part first train_for $((TRAIN_SECONDS / 3))
 part resumed train_for $((TRAIN_SECONDS * 2 / 3))
-grep -q "resumed from" "$OUT/resumed.log" || failed+=(resume)
+! is_wanted resumed || grep -q "resumed from" "$OUT/resumed.log" || failed+=(resume)
 part scores python launch/evaluate.py "$run" "evaluation.features=$OUT/classifier.pt"
 part grid python launch/sample.py "$run" --out "$OUT/pictures"
 
