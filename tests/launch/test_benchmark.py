@@ -161,6 +161,7 @@ def test_cost_is_told_as_batches_grow_until_memory_ends(tmp_path):
         assert picture.size == (1080, 432)
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_failure_is_shown(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     result = benchmark("scaling", tmp_path / "tiny.yaml", "--vary", "model.resolution=16,24", "--updates", 1,

@@ -116,6 +116,7 @@ def test_a_second_ctrl_c_ends_at_once(start_job, run_dir):
     assert "Traceback" not in job.log()
 
 
+@pytest.mark.slow
 def test_ctrl_c_passes_a_job_by_that_was_started_to_ignore_it(start_job, run_dir):
     job = start_job([], launcher="none", before=("env", "--ignore-signal=INT"))
     job.wait_for("step 3/")
@@ -127,6 +128,7 @@ def test_ctrl_c_passes_a_job_by_that_was_started_to_ignore_it(start_job, run_dir
     assert "Ctrl-C" not in job.log()
 
 
+@pytest.mark.slow
 def test_a_second_training_in_the_directory_waits_until_the_first_is_dead_and_goes_on(start_job, run_dir):
     first = start_job([], "train.checkpoint_every_steps=5")
     first.wait_for("step 6/")

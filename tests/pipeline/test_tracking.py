@@ -403,6 +403,7 @@ def test_a_finished_run_is_a_registered_model_once(database, run_dir):
     assert_model_makes_these_images("models:/sagan-run1/1", database, generator)
 
 
+@pytest.mark.slow
 def test_an_extended_run_has_a_version_for_each_end(database, run_dir, capfd):
     """The second one's files took the place of the first one's."""
     first = export_generator(run_dir, num_classes=3)

@@ -2,7 +2,7 @@
 
 import re
 
-SET_BY_OTHERS = {"PWD", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "TMPDIR"}
+SET_BY_OTHERS = {"PWD", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "TMPDIR", "BASH_REMATCH"}
 
 
 def test_the_table_names_every_variable_that_the_scripts_read_and_its_default(repo_root):
