@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200, func_only=True)]
 
 
 def scored_steps(run_dir) -> set[int]:
@@ -14,16 +14,19 @@ def scored_steps(run_dir) -> set[int]:
 
 def test_an_evaluation_watches_a_training_and_ends_when_that_does(cluster, start):
     """The training is on one node and would not end by itself; the evaluation is on the other."""
-    overrides = ("train.steps=1000000", "evaluation.every_steps=1000", "train.checkpoint_every_steps=1000")
+    overrides = ("train.steps=1000000", "evaluation.every_steps=200", "train.checkpoint_every_steps=1000")
     train, run_dir = start("watched", ("--nodes=1",), overrides)
     watch = cluster.sbatch("slurm/evaluate.sh", run_dir, WATCH_JOB=train)  # before there is anything to see
-    cluster.wait_until(lambda: 1000 in scored_steps(run_dir), 240, watch)
-    assert (cluster.state(train), cluster.state(watch)) == ("RUNNING", "RUNNING")
-    cluster.ask("scancel", "--batch", "--signal=USR1", watch)  # as Slurm does near the time limit
-    cluster.wait_for_restart(watch, 1)
-    assert "requeued: time limit or preemption; what is scored stays" in cluster.log(watch)
-    cluster.ask("scancel", train)
-    assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
+    try:
+        cluster.wait_until(lambda: 200 in scored_steps(run_dir), 300, watch)
+        assert (cluster.state(train), cluster.state(watch)) == ("RUNNING", "RUNNING")
+        cluster.ask("scancel", "--batch", "--signal=USR1", watch)  # as Slurm does near the time limit
+        cluster.wait_for_restart(watch, 1)
+        assert "requeued: time limit or preemption; what is scored stays" in cluster.log(watch)
+        cluster.ask("scancel", train)
+        assert cluster.wait_for_end(watch, 400) == "COMPLETED", cluster.tell(watch)
+    finally:  # else the tests after this one would wait for its nodes
+        cluster.ask("scancel", train, watch)
     assert "has left the queue before the last step; its last snapshot is of step" in cluster.log(watch)
     snapshots = {int(path.name.removeprefix("step-")) for path in run_dir.glob("snapshots/step-*")}
     assert scored_steps(run_dir) == snapshots
@@ -54,7 +57,8 @@ def test_a_watch_of_a_finished_run_stays_as_long_as_its_job(cluster, undisturbed
     watch = cluster.sbatch("slurm/evaluate.sh", run_dir, "tracking.enabled=false", WATCH_JOB=job)
     cluster.wait_for(watch, "RUNNING")
     time.sleep(30)
-    assert cluster.state(watch) == "RUNNING" and scored_steps(run_dir) == set()
+    state = cluster.state(watch)
     cluster.ask("scancel", job)
+    assert state == "RUNNING" and scored_steps(run_dir) == set()
     assert cluster.wait_for_end(watch) == "COMPLETED", cluster.tell(watch)
     assert scored_steps(run_dir) == {90}
