@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from launch.errors import run
+
 IMAGES, SHARDS, RUN = Path("demo_data/digits"), Path("demo_data/shards"), Path("runs/demo")
 NUM_JUDGED = 500
 RECOGNISED, VARIETY = 0.8, 0.4  # what the recipe gives at least
@@ -58,4 +60,4 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
