@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the exact versions of requirements.lock (about 6 GB)"
 	@echo "make demo       shards, two-process training, evaluation and MLflow on handwritten digits, under 10 minutes"
-	@echo "make test       the fast tests, about ten minutes on 2 cores"
+	@echo "make test       the fast tests, about a quarter of an hour on 2 cores"
 	@echo "make test-all   the slow ones too"
 	@echo "make gpu        on a machine with a GPU: its tests, the benchmark tables, a quarter of an hour of CIFAR-10 (OUT=gpu)"
 	@echo "make check      format, lint and types"

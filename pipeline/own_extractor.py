@@ -60,7 +60,8 @@ def _load_file(path: Path) -> tuple[nn.Module, bytes]:
         content = path.read_bytes()
         with warnings.catch_warnings():
             # torch advises torch.export; TorchScript files are what published feature networks come as.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", DeprecationWarning)  # so it says in torch 2.11
+            warnings.simplefilter("ignore", FutureWarning)  # and so in 2.15
             network: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]  # torch leaves it untyped
     except (OSError, RuntimeError) as error:
         raise EvaluationError(f"evaluation.features={path} is no TorchScript file that can be read: {error}") from error

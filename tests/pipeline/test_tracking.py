@@ -803,14 +803,22 @@ def test_two_senders_of_one_run_keep_each_others_place(database, run_dir, monkey
     assert stored_points(database) == sorted([("eval/fid", 1, 12.5), *expected_points([1, 2])])
 
 
+def after_a_second(function):
+    """The function, so slow that another may come in between."""
+
+    def waits(*arguments):
+        time.sleep(1)
+        return function(*arguments)
+
+    return waits
+
+
 def test_two_senders_at_once_make_one_mlflow_run(database, run_dir, monkeypatch):
     """A training and its first evaluation that both waited for the server come to it at the same moment."""
     train(make_config(run_dir), [1])
     senders = [Sender(tracking._destination(make_config(run_dir).tracking, run_dir)) for _ in range(2)]
     for sender in senders:
-        make = sender._client.create_run
-        slow = lambda *arguments, make=make: (time.sleep(1), make(*arguments))[1]  # noqa: E731
-        monkeypatch.setattr(sender._client, "create_run", slow)
+        monkeypatch.setattr(sender._client, "create_run", after_a_second(sender._client.create_run))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(Sender.deliver, senders))
     assert only_run(client_of(database)).info.run_name == run_dir.name
